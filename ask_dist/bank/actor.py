@@ -1,0 +1,68 @@
+"""The bank as a Ray actor: a thin wrapper, quick to start because it imports no torch where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import ray
+
+from ask_dist.bank import store
+from ask_dist.bank.memory import Commit, CommitResult, Knowledge, KnowledgeBank, Modality, Snapshot, State
+from ask_dist.bank.prototypes import Prototypes
+
+LANES = 4  # calls in progress at once: the bank's lock orders them, answers are serialised outside it
+
+
+class BankActor:
+    """A `KnowledgeBank` and the number of neighbours it answers with.
+
+    Args:
+        neighbours: k of `search_ids`.
+        state_path: a folder written by `store.save`, loaded if it holds a bank. A restarted actor runs its
+            constructor again, so it comes back with what was last saved there.
+        settings: `KnowledgeBank`'s arguments.
+    """
+
+    def __init__(self, *, neighbours: int, state_path: str | None = None, **settings: Any) -> None:
+        self._neighbours, self._settings = neighbours, settings
+        self._bank = KnowledgeBank(**settings)
+        if state_path is not None and store.exists(state_path):
+            self.load_state(store.load(state_path))
+
+    def search_ids(self, ids: np.ndarray) -> Knowledge:
+        return self._bank.search_ids(ids, self._neighbours)
+
+    def search(self, queries: np.ndarray, k: int, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
+        return self._bank.search(queries, k, modality)
+
+    def upsert(
+        self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, reliability: np.ndarray | None, step: int
+    ) -> int:
+        return self._bank.upsert(ids, audio, text, reliability, step)
+
+    def snapshot(self) -> Snapshot:
+        return self._bank.snapshot()
+
+    def commit(self, commit: Commit) -> CommitResult:
+        return self._bank.commit(commit)
+
+    def prototypes(self) -> Prototypes | None:
+        return self._bank.prototypes
+
+    def metrics(self) -> dict[str, float]:
+        return self._bank.metrics()
+
+    def state(self) -> State:
+        return self._bank.state()
+
+    def load_state(self, state: State) -> None:
+        """Replace the whole bank by a saved one."""
+        self._bank = KnowledgeBank.from_state(state, **self._settings)
+
+    def ping(self) -> int:
+        """The number of rows: an answer means that the bank is up."""
+        return len(self._bank)
+
+
+RemoteBankActor = ray.remote(max_concurrency=LANES, max_restarts=-1)(BankActor)  # type: ignore[call-overload]

@@ -1,0 +1,122 @@
+"""The worker's side of the bank actor: everything asynchronous, nothing waited for."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import ray
+
+from ask_dist.bank.memory import Knowledge
+from ask_dist.bank.prototypes import Prototypes
+
+TRANSFER_SECONDS = 1.0  # an answer that is ready on another node travels in milliseconds, unless that node is gone
+
+log = logging.getLogger(__name__)
+
+
+class BankClient:
+    """Prefetches neighbours by id while a step runs and sends new rows without waiting for the bank.
+
+    In a step: `collect()` what was asked for one step before, compute, `upsert(...)`, `prefetch(next ids)`. An answer
+    that is not there when it is collected is late: the step goes without, and the late answer is thrown away.
+
+    Args:
+        bank: a handle of `RemoteBankActor`.
+        max_in_flight: requests, and as many upserts, outstanding at most; beyond it a prefetch is skipped (its step
+            counts as late) and an upsert is dropped (counted).
+        deterministic: wait for every answer, so that a run of one rank can be repeated exactly.
+    """
+
+    def __init__(self, bank: Any, *, max_in_flight: int = 4, deterministic: bool = False) -> None:
+        self._bank, self._max_in_flight, self._deterministic = bank, max_in_flight, deterministic
+        self._asked: Any = None  # the request whose answer the next collect() wants
+        self._searches: list[Any] = []
+        self._upserts: list[Any] = []
+        self._prototype_request: Any = None
+        self._prototype_generation = 0  # generation last asked about: a commit need not bring new prototypes
+        self._prototypes: Prototypes | None = None
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def prototypes(self) -> Prototypes | None:
+        """The newest prototypes that have arrived."""
+        return self._prototypes
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Ask for the neighbours of the stored rows of these ids (int64 [n]); `collect()` hands them over."""
+        self._counts["asked"] += 1
+        self._asked = None
+        if self._searches:
+            self._searches = ray.wait(self._searches, num_returns=len(self._searches), timeout=0, fetch_local=False)[1]
+        if len(self._searches) >= self._max_in_flight:
+            self._counts["missed"] += 1
+            return
+        self._asked = self._bank.search_ids.remote(np.asarray(ids, np.int64))
+        self._searches.append(self._asked)
+
+    def collect(self) -> Knowledge | None:
+        """The answer to the last `prefetch`, once; None if it is late, failed, or nothing was asked for.
+
+        Its arrays are read-only views of Ray's shared memory.
+        """
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return None
+        knowledge = None
+        if self._ready(asked):
+            self._searches.remove(asked)
+            knowledge = self._answer(asked)
+        if knowledge is None:
+            self._counts["missed"] += 1
+        else:
+            self._follow_prototypes(knowledge.generation)
+        return knowledge
+
+    def upsert(
+        self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, reliability: np.ndarray | None, step: int
+    ) -> None:
+        """Send rows, as float16, encoded at global step `step`: ids int64 [n], audio and text [n, d]."""
+        if self._upserts:
+            done, self._upserts = ray.wait(self._upserts, num_returns=len(self._upserts), timeout=0)
+            for request in done:
+                self._answer(request)
+        if len(self._upserts) >= self._max_in_flight:
+            self._counts["dropped_upserts"] += 1
+            return
+        rows = (np.asarray(values, np.float16) for values in (audio, text))
+        self._upserts.append(self._bank.upsert.remote(np.asarray(ids, np.int64), *rows, reliability, step))
+        if self._deterministic:
+            ray.wait(self._upserts, num_returns=len(self._upserts))
+
+    def metrics(self) -> dict[str, float]:
+        """Since the start: `bank/late_share`, the share of prefetches that brought nothing (late or failed), and the
+        counts `bank/failed` (calls of any kind that the bank refused or did not survive), `bank/dropped_upserts`."""
+        return {
+            "bank/late_share": self._counts["missed"] / max(1, self._counts["asked"]),
+            "bank/failed": float(self._counts["failed"]),
+            "bank/dropped_upserts": float(self._counts["dropped_upserts"]),
+        }
+
+    def _follow_prototypes(self, generation: int) -> None:
+        if self._prototype_request is None and generation != self._prototype_generation:
+            self._prototype_generation = generation
+            self._prototype_request = self._bank.prototypes.remote()
+        if self._prototype_request is not None and self._ready(self._prototype_request):
+            self._prototypes = self._answer(self._prototype_request) or self._prototypes
+            self._prototype_request = None
+
+    def _ready(self, request: Any) -> bool:
+        # Not fetch_local: on another node the answer would only begin to travel now, and every one would be late.
+        return self._deterministic or bool(ray.wait([request], timeout=0, fetch_local=False)[0])
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            return ray.get(request, timeout=None if self._deterministic else TRANSFER_SECONDS)
+        except ray.exceptions.RayError as error:
+            self._counts["failed"] += 1
+            if self._counts["failed"] == 1:
+                log.warning("the bank failed to answer; steps go on without it: %s", error)
+            return None

@@ -1,0 +1,334 @@
+"""The knowledge bank itself: a plain class over numpy arrays, without Ray and without torch."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ask_dist.bank.index import ExactIndex, grown
+from ask_dist.bank.prototypes import Prototypes, unit_rows
+from ask_dist.errors import InputError
+
+Modality = Literal["audio", "text"]
+State = dict[str, np.ndarray]
+
+# Rows fetched beyond k in the first pass of a search by id. A query always meets itself and now and then another row
+# of its own batch; the few queries that meet more are searched again with enough.
+SPARE_NEIGHBOURS = 8
+COUNTERS = ("upserts", "rejected", "searches")
+PER_ROW = {"ids": np.int64, "step": np.int64, "frame": np.int64, "version": np.int64, "reliability": np.float32}
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """An answer to `search_ids`: m rows of the bank, in the bank's row order, and how fresh they are.
+
+    Attributes:
+        ids: int64 [m].
+        audio, text: float16 [m, d], unit length.
+        reliability: float32 [m].
+        age: int64 [m], global steps between the bank's newest row and the weights this row is valid for.
+        generation: commits so far. rows: rows in the bank. newest_step: the global step of its newest row.
+    """
+
+    ids: np.ndarray
+    audio: np.ndarray
+    text: np.ndarray
+    reliability: np.ndarray
+    age: np.ndarray
+    generation: int
+    rows: int
+    newest_step: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A consistent copy of every row: ids, step, frame, version int64 [n]; audio, text [n, d]; reliability [n]."""
+
+    ids: np.ndarray
+    audio: np.ndarray
+    text: np.ndarray
+    step: np.ndarray
+    frame: np.ndarray
+    version: np.ndarray
+    reliability: np.ndarray
+    generation: int
+    newest_step: int
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Corrected rows: ids int64 [n], audio and text [n, d], the versions int64 [n] that were corrected, and the global
+    step that the corrected rows are valid for. Prototype levels, if given, replace the bank's."""
+
+    ids: np.ndarray
+    audio: np.ndarray
+    text: np.ndarray
+    versions: np.ndarray
+    frame: int
+    prototypes: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    @classmethod
+    def of_prototypes(cls, prototypes: list[tuple[np.ndarray, np.ndarray]], snapshot: Snapshot) -> Commit:
+        """A commit that corrects no row."""
+        none = np.zeros(0, np.int64)
+        return cls(none, snapshot.audio[:0], snapshot.text[:0], none, snapshot.newest_step, prototypes)
+
+
+@dataclass(frozen=True)
+class CommitResult:
+    """Rows written, rows left alone because they got newer meanwhile (or are unknown), and the new generation."""
+
+    applied: int
+    skipped: int
+    generation: int
+
+
+class KnowledgeBank:
+    """Paired embeddings by id, searched exactly, written by workers (`upsert`) and by the refiner (`commit`).
+
+    One lock covers every method, so a search sees the bank before or after a write, never half of one.
+
+    Args:
+        dim: the embeddings' width.
+        capacity: the most rows it may hold; storage grows by doubling as rows come.
+        dtype: precision of the stored values. The host keeps float32 storage either way, so that a search needs no
+            conversion; "float16" rounds what is stored, so that state and snapshots can be halved without loss.
+        threads: CPU threads of one search.
+        minimum_reliability: neighbours below it are left out of an answer.
+        max_age: neighbours whose age in global steps exceeds it are left out of an answer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        capacity: int,
+        dtype: Literal["float16", "float32"] = "float16",
+        *,
+        threads: int = 1,
+        minimum_reliability: float = 0.0,
+        max_age: int | None = None,
+    ) -> None:
+        self._dim, self._capacity, self._dtype = dim, capacity, np.dtype(dtype)
+        self._minimum_reliability, self._max_age = minimum_reliability, max_age
+        self._index = {"audio": ExactIndex(dim, threads), "text": ExactIndex(dim, threads)}
+        self._meta = {name: np.zeros(0, kind) for name, kind in PER_ROW.items()}
+        self._row_of: dict[int, int] = {}
+        self._generation, self._newest_step = 0, 0
+        self._prototypes: Prototypes | None = None
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    @property
+    def prototypes(self) -> Prototypes | None:
+        """The prototypes of the last commit that brought some."""
+        return self._prototypes
+
+    def upsert(
+        self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, reliability: np.ndarray | None, step: int
+    ) -> int:
+        """Write rows that were encoded at global step `step`; within one call the last of equal ids wins.
+
+        Rows with a non-finite value, and rows older than what is stored, are dropped and counted as rejected.
+
+        Args:
+            ids: int64 [n]. audio, text: [n, dim], any float dtype. reliability: [n], or None for 1.
+
+        Returns:
+            Rows written.
+
+        Raises:
+            InputError: wrong shapes, or more rows than the capacity; then nothing is written.
+        """
+        reliability = np.ones(len(ids), np.float32) if reliability is None else np.asarray(reliability, np.float32)
+        self._check_shapes(ids, audio, text)
+        with np.errstate(over="ignore"):  # too large for float16 becomes infinite, and is rejected as such
+            audio, text = audio.astype(self._dtype), text.astype(self._dtype)
+        finite = np.isfinite(audio).all(1) & np.isfinite(text).all(1) & np.isfinite(reliability)
+        last = np.zeros(len(ids), bool)
+        last[list({int(ids[i]): i for i in np.flatnonzero(finite)}.values())] = True
+        with self._lock:
+            rows = self._rows(ids)
+            known = rows >= 0
+            current = ~known
+            current[known] = self._meta["step"][rows[known]] <= step
+            keep = last & current
+            rows = self._with_new_rows(ids, rows, keep)
+            self._write(rows, audio[keep], text[keep], step)
+            self._meta["step"][rows] = step
+            self._meta["reliability"][rows] = reliability[keep]
+            if len(rows):
+                self._newest_step = max(self._newest_step, step)
+            self._counts["upserts"] += len(rows)
+            self._counts["rejected"] += int((~finite | ~current).sum())
+        return len(rows)
+
+    def search_ids(self, ids: np.ndarray, k: int) -> Knowledge:
+        """The union of the k nearest rows by audio and by text to each *stored* row of these ids.
+
+        The asked ids themselves are never in the answer; an unknown id is not used as a query. The filters given at
+        construction leave out neighbours afterwards: a neighbour that is not trusted is not replaced by a farther one.
+        """
+        with self._lock:
+            self._counts["searches"] += 1
+            rows = self._rows(ids)
+            queried = np.unique(rows[rows >= 0])
+            found = [self._neighbours(index, queried, k) for index in self._index.values()]
+            return self._knowledge(self._trusted(np.unique(np.concatenate(found))))
+
+    def search(self, queries: np.ndarray, k: int, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest rows to free queries [n, dim] by `modality`, exactly.
+
+        Returns:
+            scores float32 and ids int64, both [n, min(k, rows)], best first.
+        """
+        with self._lock:
+            self._counts["searches"] += 1
+            scores, rows = self._index[modality].search(queries, k)
+            return scores, self._meta["ids"][rows]
+
+    def snapshot(self) -> Snapshot:
+        """A copy of every row at one moment."""
+        with self._lock:
+            return self._copy()
+
+    def commit(self, commit: Commit) -> CommitResult:
+        """Write corrected rows, each only if its version is still the corrected one; begins a new generation.
+
+        Rows come to unit length; rows with a non-finite value are skipped.
+
+        Raises:
+            InputError: wrong shapes; then nothing is written.
+        """
+        self._check_shapes(commit.ids, commit.audio, commit.text)
+        finite = np.isfinite(commit.audio).all(1) & np.isfinite(commit.text).all(1)
+        with self._lock:
+            rows = self._rows(commit.ids)
+            keep = finite & (rows >= 0)
+            keep[keep] = self._meta["version"][rows[keep]] == commit.versions[keep]
+            self._write(rows[keep], unit_rows(commit.audio[keep]), unit_rows(commit.text[keep]), commit.frame)
+            self._generation += 1
+            if commit.prototypes is not None:
+                self._prototypes = Prototypes(commit.prototypes, self._generation)
+            return CommitResult(int(keep.sum()), int((~keep).sum()), self._generation)
+
+    def metrics(self) -> dict[str, float]:
+        """Sizes and counts since the start: `bank/rows`, `bank/staleness` (mean global steps) and so on."""
+        with self._lock:
+            frame = self._meta["frame"][: len(self)]
+            staleness = float((self._newest_step - frame).mean()) if len(self) else 0.0
+            counts = {f"bank/{name}": float(self._counts[name]) for name in COUNTERS}
+            return {
+                "bank/rows": float(len(self)),
+                "bank/staleness": staleness,
+                "bank/generation": float(self._generation),
+                **counts,
+            }
+
+    def state(self) -> State:
+        """All that a checkpoint needs, as flat named arrays."""
+        with self._lock:
+            state: State = {name: np.asarray(value) for name, value in vars(self._copy()).items()}
+            state["counts"] = np.array([self._counts[name] for name in COUNTERS])
+            if self._prototypes is not None:
+                state["prototypes.generation"] = np.array(self._prototypes.generation)
+                for level, (audio, text) in enumerate(self._prototypes.levels):
+                    state[f"prototypes.{level}.audio"], state[f"prototypes.{level}.text"] = audio, text
+        return state
+
+    @classmethod
+    def from_state(cls, state: State, *, dim: int, capacity: int, **settings) -> KnowledgeBank:
+        """A bank with the rows, counters and prototypes of `state()`; the other arguments as for the constructor.
+
+        Raises:
+            InputError: the state's width or size does not fit.
+        """
+        bank = cls(dim, capacity, **settings)
+        bank._check_shapes(state["ids"], state["audio"], state["text"])
+        rows = bank._with_new_rows(state["ids"], np.full(len(state["ids"]), -1), np.ones(len(state["ids"]), bool))
+        bank._write(rows, state["audio"], state["text"], 0)
+        for name in PER_ROW:
+            bank._meta[name][rows] = state[name]
+        bank._newest_step, bank._generation = int(state["newest_step"]), int(state["generation"])
+        bank._counts.update(dict(zip(COUNTERS, state["counts"].tolist(), strict=True)))
+        if "prototypes.generation" in state:
+            count = sum(name.startswith("prototypes.") for name in state) // 2
+            levels = [(state[f"prototypes.{i}.audio"], state[f"prototypes.{i}.text"]) for i in range(count)]
+            bank._prototypes = Prototypes(levels, int(state["prototypes.generation"]))
+        return bank
+
+    def _copy(self) -> Snapshot:
+        return Snapshot(
+            audio=self._index["audio"].rows.astype(self._dtype),
+            text=self._index["text"].rows.astype(self._dtype),
+            generation=self._generation,
+            newest_step=self._newest_step,
+            **{name: values[: len(self)].copy() for name, values in self._meta.items()},
+        )
+
+    def _check_shapes(self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray) -> None:
+        wanted = (len(ids), self._dim)
+        if audio.shape != wanted or text.shape != wanted:
+            raise InputError(
+                f"rows of shape {audio.shape} (audio) and {text.shape} (text), the bank takes {wanted}: "
+                "give one row an id, as wide as the model's embeddings"
+            )
+
+    def _rows(self, ids: np.ndarray) -> np.ndarray:
+        return np.array([self._row_of.get(int(i), -1) for i in ids], np.int64)
+
+    def _with_new_rows(self, ids: np.ndarray, rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        """The row of each kept id; ids without one (-1) get the next free rows."""
+        count, new = len(self), keep & (rows < 0)
+        total = count + int(new.sum())
+        if total > self._capacity:
+            raise InputError(f"{total} rows exceed the bank's capacity of {self._capacity}: raise bank.capacity")
+        self._meta = {name: grown(values, total) for name, values in self._meta.items()}
+        rows = rows.copy()
+        rows[new] = np.arange(count, total)
+        self._meta["ids"][rows[new]] = ids[new]
+        self._row_of.update(zip(ids[new].tolist(), rows[new].tolist(), strict=True))
+        return rows[keep]
+
+    def _write(self, rows: np.ndarray, audio: np.ndarray, text: np.ndarray, frame: int) -> None:
+        for modality, values in (("audio", audio), ("text", text)):
+            self._index[modality].write(rows, values.astype(self._dtype))
+        self._meta["frame"][rows] = frame
+        self._meta["version"][rows] += 1
+
+    def _neighbours(self, index: ExactIndex, queried: np.ndarray, k: int) -> np.ndarray:
+        """Rows among the k nearest of any queried row, the queried rows themselves excluded before counting to k."""
+        found = index.search(index.rows[queried], k + SPARE_NEIGHBOURS)[1]
+        others = ~np.isin(found, queried)
+        short = others.sum(1) < k
+        first = found[others & (np.cumsum(others, axis=1) <= k)]
+        if not short.any():
+            return first
+        more = index.search(index.rows[queried[short]], k + len(queried))[1]
+        others = ~np.isin(more, queried)
+        return np.concatenate([first, more[others & (np.cumsum(others, axis=1) <= k)]])
+
+    def _trusted(self, rows: np.ndarray) -> np.ndarray:
+        keep = self._meta["reliability"][rows] >= self._minimum_reliability
+        if self._max_age is not None:
+            keep &= self._newest_step - self._meta["frame"][rows] <= self._max_age
+        return rows[keep]
+
+    def _knowledge(self, rows: np.ndarray) -> Knowledge:
+        return Knowledge(
+            ids=self._meta["ids"][rows],
+            audio=self._index["audio"].rows[rows].astype(np.float16),
+            text=self._index["text"].rows[rows].astype(np.float16),
+            reliability=self._meta["reliability"][rows],
+            age=self._newest_step - self._meta["frame"][rows],
+            generation=self._generation,
+            rows=len(self),
+            newest_step=self._newest_step,
+        )

@@ -1,0 +1,1 @@
+"""Benchmarks: each returns its figures as a dict, so that a command can print or store them."""

@@ -1,0 +1,183 @@
+"""The `ask-dist` command: parse, load the configuration, call one function.
+
+Heavy libraries are imported inside the commands, so that `--help` and a configuration error take no time.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ask_dist import __version__
+from ask_dist.errors import InputError
+
+app = typer.Typer(
+    help="Train audio-text retrieval models on a Ray cluster, with a shared knowledge bank that is refined while "
+    "training runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+corpus_app = typer.Typer(help="Build a corpus from what packages carry.", no_args_is_help=True)
+app.add_typer(corpus_app, name="corpus")
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as optimization.epochs=5")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run, such as runs/quickstart")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the last checkpoint, if there is one")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="remove an earlier run of that name")] = False,
+) -> None:
+    """Train a model, evaluate it, and write a report.
+
+    Example: ask-dist train configs/quickstart.yaml name=longer optimization.epochs=20
+    """
+    from ask_dist import config as configuration
+
+    loaded = configuration.load(config, overrides or [])
+    from ask_dist.train.run import train as run
+
+    run(loaded, resume=resume, overwrite=overwrite, console=console)
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Validate everything that `train` needs, and take one step on synthetic data, without starting a run."""
+    from ask_dist import config as configuration
+
+    loaded = configuration.load(config, overrides or [])
+    from ask_dist.train.check import check as dry_run
+
+    dry_run(loaded, console)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    shards: Annotated[Path | None, typer.Option(help="folder of shards; default: the run's own test split")] = None,
+    output: Annotated[Path | None, typer.Option(help="also write the scores to this JSON file")] = None,
+) -> None:
+    """Score a finished run in both directions, on its own test split or on other shards.
+
+    Example: ask-dist evaluate runs/quickstart --shards shards/open_sounds/test
+    """
+    from ask_dist.evaluate.run import evaluate as score
+
+    score(run, shards, output, console)
+
+
+@app.command()
+def search(
+    run: RunFolder,
+    query: Annotated[str | None, typer.Argument(help="a sentence, such as 'three loud viola notes'")] = None,
+    audio: Annotated[Path | None, typer.Option(help="search with a sound instead of a sentence")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="answers")] = 10,
+    save: Annotated[Path | None, typer.Option(help="copy the sounds that were found into this folder")] = None,
+) -> None:
+    """Find the clips that a sentence or a sound describes, among those the run was evaluated on.
+
+    Example: ask-dist search runs/quickstart "three loud viola notes" -k 5 --save hits
+    """
+    from ask_dist.evaluate.run import search as find
+
+    find(run, query, audio, k, save, console)
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file, such as configs/tune_reliability.yaml")],
+    overrides: Overrides = None,
+) -> None:
+    """Search the reliability and knowledge settings with Ray Tune (ASHA); writes best.yaml for `train`.
+
+    Example: ask-dist tune configs/tune_reliability.yaml trials=8
+    """
+    from ask_dist.tune.space import load
+
+    sweep = load(config, overrides or [])
+    from ask_dist.tune.driver import tune as run
+
+    run(sweep, console)
+
+
+class Recipe(StrEnum):
+    """The corpora that can be built here."""
+
+    sampled_scenes = "sampled-scenes"
+    open_sounds = "open-sounds"
+
+
+@app.command()
+def pack(
+    table: Annotated[Path, typer.Argument(help="CSV or JSONL of audio path and caption(s)")],
+    folder: Annotated[Path, typer.Argument(help="folder for the shards of this split")],
+    audio_folder: Annotated[Path | None, typer.Option(help="where the paths begin; default: the table's folder")] = None,
+    split: Annotated[str, typer.Option(help="name of the split, used in the shards' names")] = "train",
+    sample_rate: Annotated[int, typer.Option(min=1000, max=192000, help="Hz")] = 16000,
+    clips_per_shard: Annotated[int, typer.Option(min=1, help="clips a tar file")] = 250,
+) -> None:
+    """Write WebDataset shards (FLAC and JSON) from a table of clips and captions.
+
+    Example: ask-dist pack captions.csv shards/mine/train --audio-folder recordings
+    """
+    from ask_dist.data.corpora.command import pack_with_progress
+
+    pack_with_progress(table, audio_folder or table.parent, folder, split, sample_rate, clips_per_shard, console)
+
+
+@corpus_app.command("build")
+def corpus_build(
+    recipe: Annotated[Recipe, typer.Argument(help="which corpus")],
+    folder: Annotated[Path | None, typer.Argument(help="where to; default: shards/<recipe>")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="another seed, another corpus")] = 0,
+    train: Annotated[int | None, typer.Option(min=1, help="training scenes")] = None,
+    validation: Annotated[int | None, typer.Option(min=1, help="validation scenes")] = None,
+    test: Annotated[int | None, typer.Option(min=1, help="test scenes")] = None,
+    swap_captions: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="share of training captions swapped among themselves")
+    ] = 0.0,
+) -> None:
+    """Render a corpus of captioned scenes; what is already there with the same settings is kept.
+
+    Example: ask-dist corpus build sampled-scenes shards/noisy --swap-captions 0.3
+    """
+    from ask_dist.data.corpora.command import build_with_progress
+
+    sizes = {name: value for name, value in (("train", train), ("validation", validation), ("test", test)) if value}
+    target = folder or Path("shards") / recipe.value.replace("-", "_")
+    build_with_progress(recipe.value, target, seed, sizes, swap_captions, console)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command. Exits with 0, with 2 after an input or configuration error of one line, with 1 otherwise."""
+    try:
+        app(args=arguments, prog_name="ask-dist")
+    except InputError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; continue with --resume", highlight=False)
+        sys.exit(1)
+    return 0

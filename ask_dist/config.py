@@ -1,0 +1,287 @@
+"""The schema of a run: one YAML file, validated as a whole before anything starts.
+
+Imports neither ray nor torch, so that `ask-dist --help` and a configuration error are quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ask_dist.errors import InputError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values are read-only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cluster(Section):
+    """What the run takes of the Ray cluster."""
+
+    num_workers: Count = 2
+    cpus_per_worker: Positive = 1.0
+    use_gpu: bool | None = Field(None, description="null: one GPU a worker where the cluster has enough of them")
+    bank_cpus: Weight = Field(0.0, description="cores reserved for the bank; 0 shares the workers' cores")
+    bank_gpus: Weight = Field(0.0, description="GPUs reserved for the bank's FAISS search")
+    refine_cpus: Weight = Field(0.0, description="cores reserved for the refiner; 0 shares the workers' cores")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        1, description="restarts from the last checkpoint before giving up"
+    )
+    dashboard: bool = True
+    start_timeout: Positive = Field(60.0, description="seconds to wait for actors before saying what is missing")
+
+
+class Data(Section):
+    """Where the shards are and how they are read."""
+
+    train: Path
+    validation: Path | None = None
+    test: Path | None = None
+    sample_rate: Count = 16000
+    clip_seconds: Positive = 4.0
+    lanes: Count = Field(8, description="streams a global batch is drawn from; a multiple of num_workers")
+    shuffle_window: Count = Field(512, description="samples shuffled together within a lane")
+    loader_processes: Annotated[int, Field(ge=0)] = Field(0, description="decoding processes a worker")
+    max_bad_share: Share = Field(0.01, description="share of unreadable samples above which the run stops")
+
+
+class AudioModel(Section):
+    """The audio encoder, by its registered name."""
+
+    name: str = "conv"
+    width: Count = 32
+    mel_bins: Count = 64
+
+
+class TextModel(Section):
+    """The text encoder, by its registered name."""
+
+    name: str = "transformer"
+    width: Count = 128
+    layers: Count = 2
+    heads: Count = 4
+    max_tokens: Count = 32
+    vocabulary: Count = Field(8000, description="largest size of the tokenizer trained on the captions")
+
+
+class Model(Section):
+    """Two encoders and the space that they share."""
+
+    embedding_dim: Count = 256
+    dropout: Share = 0.1
+    audio: AudioModel = AudioModel()
+    text: TextModel = TextModel()
+    logit_scale_init: Positive = 14.3
+    logit_scale_max: Positive = 100.0
+
+
+class Optimization(Section):
+    """How the encoders are trained."""
+
+    epochs: Positive = Field(10.0, description="passes over the training shards; fractions are allowed")
+    max_steps: Count | None = Field(None, description="ends the run at this global step, before `epochs`")
+    micro_batch_size: Count = Field(32, description="pairs a worker and step")
+    learning_rate: Positive = 1e-3
+    weight_decay: Weight = 0.02
+    warmup_share: Share = 0.05
+    gradient_clip: Weight = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = Field(False, description="wait for every answer of the bank")
+    log_every: Count = 10
+    evaluate_every: Positive = Field(2.0, description="epochs between evaluations on the validation shards")
+    checkpoint_every: Positive = Field(2.0, description="epochs between checkpoints")
+    keep_checkpoints: Count = 2
+
+
+class Reliability(Section):
+    """How much a pair is trusted, by the agreement of its audio's and its text's neighbours."""
+
+    enabled: bool = True
+    gamma: Weight = Field(2.0, description="power of r / mean r; 0 weighs all pairs alike")
+    shape: Positive = Field(3.0, description="divides the per-query temperature (best - nth best similarity)")
+    rank: Annotated[int, Field(ge=2)] = Field(32, description="the n of the nth best similarity")
+    start: Share = Field(0.2, description="share of the run after which pairs are weighted")
+
+
+class Knowledge(Section):
+    """What the bank contributes to the loss."""
+
+    enabled: bool = True
+    start: Share = Field(0.3, description="share of the run after which the knowledge terms join; before it they hurt")
+    neighbours: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="rows a query, modality and search")
+    temperature: Positive = Field(0.07, description="of the distributions that the consistency terms compare")
+    half_life: Positive = Field(2.0, description="epochs after which a row that was not renewed counts half")
+    contrast_weight: Share = Field(1.0, description="share of the contrast that the neighbours join (fine)")
+    consistency_weight: Weight = Field(0.5, description="agreement over the neighbours (fine)")
+    coarse_weight: Weight = Field(0.25, description="agreement over the prototypes (coarse)")
+    reliability: Reliability = Reliability()
+
+
+class Bank(Section):
+    """The knowledge bank."""
+
+    capacity: Count = Field(1_000_000, description="most rows that it may hold")
+    dtype: Literal["float16", "float32"] = "float32"
+    prototypes: tuple[Count, ...] = Field((32, 128), description="granularities of the coarse knowledge")
+    threads: Count = Field(1, description="FAISS threads")
+    max_in_flight: Count = Field(4, description="unanswered calls a worker may have outstanding")
+    max_late_share: Share = Field(1.0, description="share of late or failed answers above which the run stops")
+    minimum_reliability: Share = Field(0.0, description="rows below it are not given as knowledge")
+
+
+class Refine(Section):
+    """The refiner that keeps the bank in step with the moving encoders."""
+
+    strategy: Literal["none", "linear", "knn_mean", "mlp", "gnn"] = "gnn"
+    interval: Weight = Field(2.0, description="least seconds between two generations")
+    cpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.25, description="most of one core that it takes")
+    neighbours: Count = Field(16, description="edges a row of the graph")
+    hidden: Count = 128
+    steps: Count = Field(60, description="optimizer steps a generation")
+    minimum_fresh: Count = Field(128, description="re-encoded rows that a generation needs")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output_dir: Path = Path("runs")
+    cluster: Cluster = Cluster()
+    data: Data
+    model: Model = Model()
+    optimization: Optimization = Optimization()
+    knowledge: Knowledge = Knowledge()
+    bank: Bank = Bank()
+    refine: Refine = Refine()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run's files, made absolute: workers have another working folder than the driver."""
+        return (self.output_dir / self.name).absolute()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs a global step, over all workers."""
+        return self.optimization.micro_batch_size * self.cluster.num_workers
+
+    def anchored(self) -> Config:
+        """The same run with absolute paths, for processes that have another working folder."""
+        tree = self.model_dump(mode="json")
+        tree["output_dir"] = str(self.output_dir.absolute())
+        for split in ("train", "validation", "test"):
+            if tree["data"][split] is not None:
+                tree["data"][split] = str(Path(tree["data"][split]).absolute())
+        return Config.model_validate(tree)
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        workers, lanes = self.cluster.num_workers, self.data.lanes
+        if lanes % workers:
+            fit = workers * max(1, lanes // workers)
+            raise ValueError(f"data.lanes={lanes} is no multiple of cluster.num_workers={workers}; set it to {fit}")
+        if self.global_batch_size % lanes:
+            fit = max(1, round(self.global_batch_size / lanes)) * lanes // workers
+            raise ValueError(
+                f"the global batch of {self.global_batch_size} (optimization.micro_batch_size x cluster.num_workers) is "
+                f"no multiple of data.lanes={lanes}; set optimization.micro_batch_size={fit} or other lanes"
+            )
+        if self.model.text.width % self.model.text.heads:
+            text = self.model.text
+            raise ValueError(f"model.text.width={text.width} is no multiple of model.text.heads={text.heads}")
+        if self.optimization.precision == "bf16" and self.cluster.use_gpu is False:
+            raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
+        return self
+
+
+def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads and validates a YAML file.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` each; the value is read as YAML.
+
+    Raises:
+        InputError: the file is missing or not a mapping, a key is unknown (the nearest is named), or a value is out of
+            range.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no configuration file {path}; the ones shipped are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds {type(tree).__name__}, not a mapping of sections; see configs/quickstart.yaml")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """Validates a mapping; raises InputError with one line that names every problem."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `section.key=value` in a mapping, in place."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r} is not of the form section.key=value")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise InputError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not YAML; quote it") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` takes."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def _explain(problem: Any) -> str:
+    """One problem of pydantic's list, as one line with value and remedy."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        known = list(_section(location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        remedy = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {name}; {remedy}"
+    if problem["type"] == "missing":
+        return f"{name} is missing; set it in the file or as {name}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section(location: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return section

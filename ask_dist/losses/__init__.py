@@ -1,0 +1,1 @@
+"""The training objective: contrastive loss, knowledge injection, reliability weights. Pure torch."""

@@ -1,0 +1,124 @@
+"""Audio encoders: waveform in, one vector a clip out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ask_dist.config import Model
+from ask_dist.errors import InputError
+from ask_dist.models.positions import sinusoids
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchaudio announces its maintenance phase at every import
+    from torchaudio.transforms import MelSpectrogram
+
+
+class AudioEncoder(nn.Module):
+    """What the trainer asks of an audio encoder.
+
+    Attributes:
+        sample_rate: Hz of the waveforms that `forward` takes.
+        output_dim: width of the vectors that it gives.
+
+    `forward(audio)` takes float32 [batch, samples] in [-1, 1] on any device and gives float [batch, output_dim].
+    The front end (log-mel or another) is part of `forward`, so it runs where the training runs.
+    """
+
+    sample_rate: int
+    output_dim: int
+
+
+_REGISTRY: dict[str, Callable[[Model, int], AudioEncoder]] = {}
+
+
+def register_audio_encoder(
+    name: str,
+) -> Callable[[Callable[[Model, int], AudioEncoder]], Callable[[Model, int], AudioEncoder]]:
+    """Makes `factory(model_config, sample_rate) -> AudioEncoder` available as `model.audio.name`."""
+
+    def add(factory: Callable[[Model, int], AudioEncoder]) -> Callable[[Model, int], AudioEncoder]:
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def build_audio_encoder(config: Model, sample_rate: int) -> AudioEncoder:
+    """The encoder that the configuration names; InputError when nobody registered it."""
+    if config.audio.name not in _REGISTRY:
+        raise InputError(
+            f"model.audio.name={config.audio.name!r} is not registered; known: {', '.join(sorted(_REGISTRY))}"
+        )
+    return _REGISTRY[config.audio.name](config, sample_rate)
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram by torchaudio: float32 [batch, samples] -> [batch, 1, mel_bins, frames], a frame each 20 ms."""
+
+    def __init__(self, sample_rate: int, mel_bins: int) -> None:
+        super().__init__()
+        hop = sample_rate // 50
+        self.mel = MelSpectrogram(
+            sample_rate, n_fft=2 * hop, hop_length=hop, n_mels=mel_bins, f_min=40.0, norm="slaney", mel_scale="slaney"
+        )
+
+    def forward(self, audio: Tensor) -> Tensor:
+        # The transform stays in fp32: the squares of quiet samples vanish in bf16.
+        with torch.autocast(audio.device.type, enabled=False):
+            mel = self.mel(audio.float())
+        # -6 and 4 bring the log of scenes with peaks near 1 to about zero mean and unit variance.
+        return ((mel + 1e-6).log().unsqueeze(1) + 6.0) / 4.0
+
+
+class _Block(nn.Module):
+    """3x3 convolution, group norm, GELU. Group norm: equal on any number of workers, unlike batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, stride: tuple[int, int]) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(self.norm(self.convolution(x)), approximate="tanh")
+
+
+class ConvAudioEncoder(AudioEncoder):
+    """Small convolutional encoder, from scratch: log-mel, five strided convolutions, one attention layer over time.
+
+    The attention sees positions, so that "a then b" and "b then a" differ in the pooled vector.
+    """
+
+    def __init__(self, sample_rate: int, mel_bins: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.sample_rate = sample_rate
+        self.output_dim = 8 * width
+        self.front_end = LogMel(sample_rate, mel_bins)
+        self.blocks = nn.Sequential(
+            _Block(1, width, (2, 2)),
+            _Block(width, 2 * width, (2, 2)),
+            _Block(2 * width, 4 * width, (2, 2)),
+            _Block(4 * width, 4 * width, (2, 1)),
+        )
+        self.frame = nn.Linear(4 * width * ((mel_bins + 15) // 16), self.output_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.context = nn.TransformerEncoderLayer(
+            self.output_dim, 4, 2 * self.output_dim, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.pool = nn.Linear(self.output_dim, 1)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        maps = self.blocks(self.front_end(audio))
+        frames = self.frame(maps.flatten(1, 2).transpose(1, 2))
+        frames = self.dropout(frames + sinusoids(frames.shape[1], self.output_dim, frames))
+        frames = self.context(frames)
+        weights = self.pool(frames).softmax(dim=1)
+        return (weights * frames).sum(dim=1)
+
+
+@register_audio_encoder("conv")
+def _conv(config: Model, sample_rate: int) -> AudioEncoder:
+    return ConvAudioEncoder(sample_rate, config.audio.mel_bins, config.audio.width, config.dropout)

@@ -1,0 +1,60 @@
+"""Two encoders, projected onto one sphere."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ask_dist.config import Model
+from ask_dist.models.audio import AudioEncoder, build_audio_encoder
+from ask_dist.models.text import TextEncoder, Vocabulary, build_text_encoder
+
+
+class Features(NamedTuple):
+    """What a forward pass gives.
+
+    audio_features, text_features: float32 [batch, embedding_dim], rows of unit length; None for a side not asked for.
+    logit_scale: float32 scalar, already exponentiated and capped.
+    """
+
+    audio_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+
+
+class DualEncoder(nn.Module):
+    """An audio and a text encoder with a two-layer projection each, and the learned logit_scale."""
+
+    def __init__(self, audio: AudioEncoder, text: TextEncoder, config: Model) -> None:
+        super().__init__()
+        self.audio = audio
+        self.text = text
+        self.audio_projection = _projection(audio.output_dim, config.embedding_dim, config.dropout)
+        self.text_projection = _projection(text.output_dim, config.embedding_dim, config.dropout)
+        # One element, not a scalar: DeepSpeed broadcasts parameters as views of bytes.
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
+        self.logit_scale_max = config.logit_scale_max
+
+    def encode_audio(self, audio: Tensor) -> Tensor:
+        """float32 [batch, samples] -> unit rows float32 [batch, embedding_dim]."""
+        return nn.functional.normalize(self.audio_projection(self.audio(audio)).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 [batch, tokens] -> unit rows float32 [batch, embedding_dim]."""
+        return nn.functional.normalize(self.text_projection(self.text(tokens)).float(), dim=-1)
+
+    def forward(self, audio: Tensor, tokens: Tensor) -> Features:
+        logit_scale = self.log_logit_scale[0].exp().clamp(max=self.logit_scale_max)
+        return Features(self.encode_audio(audio), self.encode_text(tokens), logit_scale)
+
+
+def build_dual_encoder(config: Model, sample_rate: int, vocabulary: Vocabulary) -> DualEncoder:
+    """The pair of encoders that the configuration names."""
+    return DualEncoder(build_audio_encoder(config, sample_rate), build_text_encoder(config, vocabulary), config)
+
+
+def _projection(inputs: int, outputs: int, dropout: float) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Dropout(dropout), nn.Linear(outputs, outputs))

@@ -1,0 +1,134 @@
+"""Text encoders: captions in, one vector a caption out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from ask_dist.config import Model
+from ask_dist.errors import InputError
+from ask_dist.models.positions import sinusoids
+
+PAD, UNKNOWN, SUMMARY = "[PAD]", "[UNK]", "[CLS]"
+
+
+class TextEncoder(nn.Module):
+    """What the trainer asks of a text encoder.
+
+    Attributes:
+        output_dim: width of the vectors that it gives.
+
+    `tokenize(captions)` gives int64 [batch, tokens], padded with 0; `forward(tokens)` gives float [batch, output_dim].
+    `assets()` names the files (name -> bytes) beside the weights that a saved run needs to tokenize again.
+    """
+
+    output_dim: int
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not define tokenize(captions)")
+
+    def assets(self) -> dict[str, bytes]:
+        return {}
+
+
+TextFactory = Callable[[Model, "Vocabulary"], TextEncoder]
+_REGISTRY: dict[str, TextFactory] = {}
+
+
+def register_text_encoder(name: str) -> Callable[[TextFactory], TextFactory]:
+    """Makes `factory(model_config, vocabulary) -> TextEncoder` available as `model.text.name`."""
+
+    def add(factory: TextFactory) -> TextFactory:
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def build_text_encoder(config: Model, vocabulary: Vocabulary) -> TextEncoder:
+    """The encoder that the configuration names; InputError when nobody registered it."""
+    if config.text.name not in _REGISTRY:
+        raise InputError(
+            f"model.text.name={config.text.name!r} is not registered; known: {', '.join(sorted(_REGISTRY))}"
+        )
+    return _REGISTRY[config.text.name](config, vocabulary)
+
+
+class Vocabulary:
+    """A WordPiece-style tokenizer trained on the corpus's own captions (Hugging Face `tokenizers`), or a saved one."""
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.size: int = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, captions: Iterable[str], size: int) -> Vocabulary:
+        """Learns at most `size` byte-level BPE units from captions; the same captions give the same units."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[PAD, UNKNOWN, SUMMARY],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Reads a tokenizer.json; InputError when it is none."""
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception for a missing or malformed file
+            raise InputError(f"{path} is no tokenizer.json: {error}") from None
+
+    def encode(self, captions: list[str], max_tokens: int) -> Tensor:
+        """int64 [batch, longest], a summary token first, 0 as padding, cut at `max_tokens`."""
+        rows = [[2, *encoding.ids[: max_tokens - 1]] for encoding in self.tokenizer.encode_batch(captions)]
+        tokens = torch.zeros(len(rows), max(map(len, rows), default=1), dtype=torch.int64)
+        for row, units in zip(tokens, rows, strict=True):
+            row[: len(units)] = torch.tensor(units)
+        return tokens
+
+
+class TransformerTextEncoder(TextEncoder):
+    """Small transformer over caption units, from scratch; the summary token's state is the caption's vector."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, width: int, layers: int, heads: int, max_tokens: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.output_dim = width
+        self.max_tokens = max_tokens
+        self.embedding = nn.Embedding(vocabulary.size, width, padding_idx=0)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        return self.vocabulary.encode(captions, self.max_tokens)
+
+    def assets(self) -> dict[str, bytes]:
+        return {Vocabulary.FILE: self.vocabulary.tokenizer.to_str().encode()}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = x + sinusoids(tokens.shape[1], self.output_dim, x)
+        return self.norm(self.layers(x, src_key_padding_mask=tokens == 0)[:, 0])
+
+
+@register_text_encoder("transformer")
+def _transformer(config: Model, vocabulary: Vocabulary) -> TextEncoder:
+    text = config.text
+    return TransformerTextEncoder(vocabulary, text.width, text.layers, text.heads, text.max_tokens, config.dropout)

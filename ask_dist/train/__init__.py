@@ -1,0 +1,1 @@
+"""The training job: driver, loop, engine, checkpoints, tracking."""

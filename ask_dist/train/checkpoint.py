@@ -1,0 +1,154 @@
+"""Checkpoints and the weights of a finished run: safetensors and JSON, nothing that could run code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ask_dist import config as configuration
+from ask_dist.config import Config
+from ask_dist.errors import InputError
+from ask_dist.files import write_atomically
+from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from ask_dist.models.text import Vocabulary
+
+FORMAT = 1
+MANIFEST, ENGINE, BANK, REFINER, WEIGHTS = "manifest.json", "engine.safetensors", "bank", "refiner", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        global_step, samples_seen: how far the run was; the loader's position follows from global_step alone.
+        lineage: digest of what must not change between a run and its continuation, see `lineage`.
+        sha256: digest of each file, by name.
+    """
+
+    global_step: int
+    samples_seen: int
+    lineage: str
+    sha256: dict[str, str]
+    format: int = FORMAT
+
+
+def lineage(config: Config, data_fingerprint: str) -> str:
+    """Digest of model, batch, objective, seed and training data: a checkpoint continues only a run that shares them.
+
+    What may change on resume (more epochs, other logging, another ZeRO stage, other actors' resources) is left out.
+    """
+    tree = config.model_dump(mode="json", include={"model", "seed", "knowledge"})
+    tree["global_batch_size"] = config.global_batch_size
+    tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save(
+    folder: Path,
+    *,
+    engine: dict[str, Tensor],
+    actors: Mapping[str, Mapping[str, np.ndarray]],
+    global_step: int,
+    samples_seen: int,
+    lineage: str,
+) -> None:
+    """Fills an empty folder with a checkpoint; the manifest comes last, so a folder without one is no checkpoint.
+
+    Args:
+        folder: exists and is private to the caller.
+        engine: `Engine.state()`.
+        actors: arrays of the bank and the refiner, by file name.
+    """
+    save_file(engine, folder / ENGINE)
+    for name, arrays in actors.items():
+        save_arrays({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / f"{name}.safetensors")
+    digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    manifest = Manifest(global_step, samples_seen, lineage, digests)
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+
+
+def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
+    """Reads and verifies a checkpoint's manifest and the digests of its files.
+
+    Raises:
+        InputError: no manifest, a damaged file, or a checkpoint of another configuration or corpus.
+    """
+    try:
+        fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = Manifest(**fields)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} is no checkpoint of this program: {error}") from None
+    if manifest.format != FORMAT:
+        raise InputError(f"{folder} has checkpoint format {manifest.format}, this version reads {FORMAT}")
+    if manifest.lineage != expected_lineage:
+        raise InputError(
+            f"{folder} is a checkpoint from another configuration: model, batch, knowledge, seed or training shards "
+            "differ; restore them or choose another name=..."
+        )
+    for name, digest in manifest.sha256.items():
+        path = folder / Path(name).name
+        if not path.is_file() or _sha256(path) != digest:
+            raise InputError(f"{path} is missing or damaged (its SHA-256 differs from the manifest); remove {folder}")
+    return manifest
+
+
+def load_engine(folder: Path) -> dict[str, Tensor]:
+    """`Engine.state()` of a verified checkpoint."""
+    return load_file(folder / ENGINE)
+
+
+def load_actor(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of the bank or the refiner of a verified checkpoint; empty when it had none."""
+    path = folder / f"{name}.safetensors"
+    return load_arrays(path) if path.is_file() else {}
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    complete = [path.parent for path in (run_dir / "checkpoints").glob(f"checkpoint_*/{MANIFEST}")]
+    return max(complete, key=lambda folder: folder.name, default=None)
+
+
+def save_model(folder: Path, model: DualEncoder) -> None:
+    """Writes a model's weights and its text encoder's files for `load_model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    aside = folder / f".{WEIGHTS}"
+    save_file(weights, aside)
+    os.replace(aside, folder / WEIGHTS)
+    for name, content in model.text.assets().items():
+        write_atomically(folder / name, content)
+
+
+def load_model(run_dir: Path) -> tuple[Config, DualEncoder]:
+    """The configuration and the trained model of a finished run, in evaluation mode on the CPU.
+
+    Raises:
+        InputError: the folder is no finished run, or its weights do not fit its configuration.
+    """
+    if not (run_dir / "model" / WEIGHTS).is_file():
+        raise InputError(f"{run_dir} holds no finished run (no model/{WEIGHTS}); train it, or finish it with --resume")
+    config = configuration.load(run_dir / "config.yaml")
+    vocabulary = Vocabulary.load(run_dir / "model" / Vocabulary.FILE)
+    model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
+    try:
+        model.load_state_dict(load_file(run_dir / "model" / WEIGHTS))
+    except Exception as error:  # safetensors and torch each raise types of their own
+        raise InputError(f"{run_dir}/model/{WEIGHTS} does not fit config.yaml: {str(error).splitlines()[0]}") from None
+    return config, model.eval()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,189 @@
+"""DeepSpeed behind four verbs: forward, backward, step, state. The only module that imports it."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ask_dist.config import Optimization
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(optimization: Optimization, global_step: int, total_steps: int) -> float:
+    """Linear warm-up, then a half cosine down to a hundredth: a function of the step, so there is nothing to save."""
+    warmup = max(1, round(optimization.warmup_share * total_steps))
+    if global_step < warmup:
+        return optimization.learning_rate * (global_step + 1) / warmup
+    done = (global_step - warmup) / max(1, total_steps - warmup)
+    return optimization.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; norms, biases and the logit_scale without."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of `Engine.step`: the rate used and the global gradient norm before clipping."""
+
+    learning_rate: float
+    gradient_norm: float
+
+
+class Engine:
+    """A model under DeepSpeed data parallelism; needs torch.distributed initialised (Ray Train does that).
+
+    Args:
+        model: the module to train; moved to `device`.
+        optimization: rates, clipping, ZeRO stage, precision.
+        total_steps: length of the run, for the schedule.
+        device: where this rank computes.
+    """
+
+    def __init__(self, model: nn.Module, optimization: Optimization, total_steps: int, device: torch.device) -> None:
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # On CPU DeepSpeed would compile a shared-memory all-reduce at first use (38 s, and a compiler that a plain
+        # machine may lack); gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.optimization = optimization
+        self.total_steps = total_steps
+        self.global_step = 0
+        self.device = device
+        groups = parameter_groups(model, optimization.weight_decay)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=torch.optim.AdamW(groups, lr=optimization.learning_rate, betas=(0.9, 0.98), eps=1e-6),
+            config=_deepspeed_config(optimization),
+            dist_init_required=False,
+        )
+        self._create_moments()
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, for evaluation and export."""
+        return self.deepspeed.module
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Forward pass through the engine, so that its hooks run."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass and reduction of the gradients over ranks (mean)."""
+        self.deepspeed.backward(loss)
+
+    def step(self) -> StepResult:
+        """Clips, updates, and advances global_step."""
+        rate = learning_rate(self.optimization, self.global_step, self.total_steps)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+        self.deepspeed.step()
+        self.global_step += 1
+        return StepResult(rate, float(self.deepspeed.get_global_grad_norm() or 0.0))
+
+    def skip(self) -> None:
+        """Advances global_step without an update; all ranks must skip together."""
+        self.global_step += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and Adam moments, whole and in fp32, by parameter name: independent of world_size and ZeRO stage.
+
+        A collective: every rank must call it; every rank gets the same tensors, on the CPU.
+        """
+        state = {"global_step": torch.tensor(self.global_step), "updates": torch.tensor(self._updates())}
+        for name, parameter in self.module.named_parameters():
+            state[f"model.{name}"] = self._full(parameter, None)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                state[f"{moment}.{name}"] = self._full(parameter, moment)
+        for name, buffer in self.module.named_buffers():
+            state[f"buffer.{name}"] = buffer.detach().cpu().clone()
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` gave, on any world_size and ZeRO stage. A collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.global_step = int(state["global_step"])
+        for name, parameter in self.module.named_parameters():
+            weights = state[f"model.{name}"].to(self.device)
+            if not (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")):
+                parameter.data.copy_(weights)
+                if parameter.requires_grad:
+                    moments = {moment: state[f"{moment}.{name}"].to(self.device) for moment in MOMENTS}
+                    self._optimizer().state[parameter] = {"step": state["updates"].float().clone(), **moments}
+                continue
+            safe_set_full_fp32_param(parameter, weights)
+            # The copy that the forward pass reads lies beside the optimizer's: whole in ZeRO 1 and 2, partitioned in 3.
+            with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
+                parameter.data.copy_(weights)
+            for moment in MOMENTS if parameter.requires_grad else ():
+                safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(self.device), moment)
+        for entry in self._optimizer().state.values():
+            entry["step"] = state["updates"].float().clone()
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(state[f"buffer.{name}"])
+
+    def _create_moments(self) -> None:
+        """Adam's moments from the start, reachable by parameter.
+
+        DeepSpeed creates them in the first step and, with ZeRO 1 and 2, links those of the first parameter group only
+        (0.19.8 links after that group's step, when the others have none yet).
+        """
+        inner, outer = self._optimizer(), self.deepspeed.optimizer
+        whole = [p for group in inner.param_groups for p in group["params"]]
+        for parameter in getattr(outer, "fp32_partitioned_groups_flat", whole):
+            if not inner.state[parameter]:
+                zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        if self.optimization.zero_stage in (1, 2):
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+            for weights, flat in zip(outer.bit16_groups, outer.single_partition_of_fp32_groups, strict=True):
+                lazy_init_hp_params_optimizer_state(weights, flat, inner.state)
+            outer._hp_optimizer_states_linked = True
+
+    def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if moment is None:
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            full = parameter if full is None else full
+        else:
+            full = safe_get_full_optimizer_state(parameter, moment)
+            if full is None:  # ZeRO 0: nothing is partitioned
+                full = self._optimizer().state[parameter][moment]
+        return full.detach().float().cpu().reshape(parameter.shape).clone().contiguous()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside DeepSpeed's wrappers."""
+        optimizer = self.deepspeed.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _updates(self) -> int:
+        """Adam's own step count, for its bias correction; steps that were skipped do not count."""
+        return max((int(entry["step"]) for entry in self._optimizer().state.values() if "step" in entry), default=0)
+
+
+def _deepspeed_config(optimization: Optimization) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
+        "gradient_clipping": optimization.gradient_clip,
+        "zero_optimization": {"stage": optimization.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": optimization.precision == "bf16"},
+        "steps_per_print": 10**9,
+    }

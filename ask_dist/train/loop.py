@@ -1,0 +1,334 @@
+"""What every training worker runs: fetch, forward, loss, backward, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ask_dist import config as configuration
+from ask_dist.config import Config
+from ask_dist.data.loader import Batch, TrainLoader
+from ask_dist.data.shards import ShardList
+from ask_dist.errors import InputError
+from ask_dist.evaluate.drift import out_of_span_share
+from ask_dist.files import write_atomically
+from ask_dist.losses.objective import AskObjective, ObjectiveOutput
+from ask_dist.models.dual_encoder import Features, build_dual_encoder
+from ask_dist.models.text import Vocabulary
+from ask_dist.train import checkpoint, finish
+from ask_dist.train.engine import Engine
+from ask_dist.train.evaluation import encode, gather_encoded, retrieval_results
+from ask_dist.train.knowledge import KnowledgeSource
+from ask_dist.train.tracking import MetricsLog, StageClock, last_time
+
+INPUT_ERROR = "input_error.txt"
+
+
+@dataclass
+class TrainState:
+    """All that a worker's loop holds."""
+
+    config: Config
+    rank: int
+    world_size: int
+    engine: Engine
+    objective: AskObjective
+    loader: TrainLoader
+    shards: dict[str, ShardList]
+    knowledge: KnowledgeSource | None
+    actors: dict[str, Any]
+    total_steps: int
+    lineage: str
+    log: MetricsLog | None
+    clock: StageClock = field(default_factory=StageClock)
+    samples_seen: int = 0
+    skipped_steps: int = 0
+    trusted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that lies behind."""
+        return self.engine.global_step / self.total_steps
+
+
+def train_loop_per_worker(job: dict[str, Any]) -> None:
+    """Trains from the last checkpoint, or from the start, to the end of the run.
+
+    Args:
+        job: `config` (plain mapping), `actors` (handles of `bank` and `refiner`, where the run has them) and `use_gpu`.
+    """
+    config = configuration.parse(job["config"])
+    verdict = config.run_dir / INPUT_ERROR
+    if verdict.exists():  # another rank found the input at fault: a restart can't mend that
+        raise InputError(verdict.read_text(encoding="utf-8"))
+    try:
+        state = set_up(config, job)
+        train(state)
+        finish.finish(state)
+    except InputError as error:
+        write_atomically(verdict, str(error).encode())
+        raise
+
+
+def set_up(config: Config, job: dict[str, Any]) -> TrainState:
+    """Builds model, engine, loader and links to the actors; takes up the last checkpoint if there is one."""
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device() if job["use_gpu"] else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    torch.manual_seed(config.seed)
+    vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)
+    shards = load_shards(config)
+    loader = TrainLoader(
+        shards["train"],
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=config.optimization.micro_batch_size,
+        seed=config.seed,
+        sample_rate=config.data.sample_rate,
+        clip_seconds=config.data.clip_seconds,
+        lanes=config.data.lanes,
+        shuffle_window=config.data.shuffle_window,
+        processes=config.data.loader_processes,
+        max_bad_share=config.data.max_bad_share,
+    )
+    total_steps = run_length(config, loader.steps_per_epoch)
+    model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
+    actors = job["actors"]
+    knowledge = KnowledgeSource(config, actors["bank"], actors.get("refiner"), device) if "bank" in actors else None
+    metrics = config.run_dir / "metrics.jsonl"
+    state = TrainState(
+        config=config,
+        rank=rank,
+        world_size=world_size,
+        engine=Engine(model, config.optimization, total_steps, device),
+        objective=AskObjective(config.knowledge, half_life=config.knowledge.half_life * loader.steps_per_epoch),
+        loader=loader,
+        shards=shards,
+        knowledge=knowledge,
+        actors=actors,
+        total_steps=total_steps,
+        lineage=checkpoint.lineage(config, shards["train"].fingerprint),
+        log=MetricsLog(metrics, last_time(metrics)) if rank == 0 else None,
+    )
+    resume(state)
+    return state
+
+
+def load_shards(config: Config) -> dict[str, ShardList]:
+    """The shard list of each split that the configuration names."""
+    folders = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
+    return {split: ShardList.load(folder) for split, folder in folders.items() if folder is not None}
+
+
+def run_length(config: Config, steps_per_epoch: int) -> int:
+    """Global steps of the whole run."""
+    steps = max(1, math.ceil(config.optimization.epochs * steps_per_epoch))
+    return min(steps, config.optimization.max_steps or steps)
+
+
+def train(state: TrainState) -> None:
+    """The loop. The batch after the present one is always at hand, so that its neighbours can be asked for."""
+    settings, epoch = state.config.optimization, state.loader.steps_per_epoch
+    evaluate_every = max(1, round(settings.evaluate_every * epoch))
+    checkpoint_every = max(1, round(settings.checkpoint_every * epoch))
+    since, since_samples = time.monotonic(), 0
+    for batch, following in with_next(state.loader.batches(state.engine.global_step), state):
+        values, valid = train_step(state, batch, following)
+        since_samples += valid
+        step = state.engine.global_step
+        last = step == state.total_steps
+        if step % settings.log_every == 0 or step == 1 or last:
+            rate = since_samples / max(time.monotonic() - since, 1e-9)
+            since, since_samples = time.monotonic(), 0
+            log_step(state, values, rate)
+        if "validation" in state.shards and (step % evaluate_every == 0 and not last):
+            evaluate_validation(state)
+            since, since_samples = time.monotonic(), 0
+        if step % checkpoint_every == 0 and not last:
+            save_checkpoint(state)
+            since, since_samples = time.monotonic(), 0
+
+
+def with_next(batches: Iterator[Batch], state: TrainState) -> Iterator[tuple[Batch, Batch]]:
+    """Pairs of a batch and the one after it, up to the end of the run."""
+    current = next(batches)
+    while state.engine.global_step < state.total_steps:
+        with state.clock("data"):
+            following = next(batches)
+        yield current, following
+        current = following
+
+
+def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[str, float], int]:
+    """One global step on this rank.
+
+    Returns:
+        What to log, and the number of pairs that all ranks trained on.
+    """
+    engine, clock = state.engine, state.clock
+    step, device = engine.global_step, engine.device
+    # Dropout is a function of the step, so an exact resume needs no generator states.
+    torch.manual_seed(step_seed(state.config.seed, step, state.rank))
+    with clock("knowledge"):
+        neighbours = state.knowledge.collect() if state.knowledge else None
+        if state.knowledge:
+            state.knowledge.prefetch(following.ids, (step + 1) / state.total_steps)
+    ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
+    with clock("forward"):
+        tokens = engine.module.text.tokenize(batch.captions).to(device)
+        features: Features = engine(batch.audio.to(device, non_blocking=True), tokens)
+    probe = (step + 1) % state.config.optimization.log_every == 0
+    if probe:
+        features.audio_features.retain_grad()
+        features.text_features.retain_grad()
+    with clock("loss"):
+        output = state.objective(*features, ids, valid, neighbours, state.progress)
+        loss, pairs, finite = _agree(output.loss, valid)
+    if not finite:  # on any rank: all leave the step out together
+        engine.skip()
+        state.skipped_steps += 1
+        return {"train/skipped_steps": float(state.skipped_steps)}, 0
+    with clock("backward"):
+        engine.backward(output.loss)
+    if probe:
+        state.diagnostics = _diagnostics(features, output)
+    with clock("step"):
+        result = engine.step()
+    if state.knowledge:
+        with clock("knowledge"):
+            trust = torch.where(output.reliability < 0, 1.0, output.reliability)
+            state.knowledge.upsert(ids[valid], *(rows[valid] for rows in features[:2]), trust[valid], step)
+    _remember_trust(state, batch, output)
+    clock.step()
+    state.samples_seen += pairs
+    return _step_metrics(state, loss, features, output, result), pairs
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of a step's dropout on a rank, independent of every other step's and rank's."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+
+
+def _step_metrics(state: TrainState, loss: float, features: Features, output: ObjectiveOutput, result: Any) -> dict:
+    return {
+        "train/loss": loss,
+        "train/logit_scale": float(features.logit_scale),
+        "train/learning_rate": result.learning_rate,
+        "train/gradient_norm": result.gradient_norm,
+        "train/knowledge_used": float(output.knowledge_used),
+        "train/skipped_steps": float(state.skipped_steps),
+        **{f"loss/{name}": float(value) for name, value in output.terms.items()},
+    }
+
+
+def _agree(loss: Tensor, valid: Tensor) -> tuple[float, int, bool]:
+    """Mean loss, valid pairs, and whether the loss is finite on every rank: one collective."""
+    finite = torch.isfinite(loss.detach())
+    facts = torch.stack([torch.where(finite, loss.detach(), 0.0), valid.sum().float(), (~finite).float()])
+    dist.all_reduce(facts)
+    total, pairs, broken = facts.tolist()
+    return total / dist.get_world_size(), int(pairs), broken == 0
+
+
+def _diagnostics(features: Features, output: ObjectiveOutput) -> dict[str, float]:
+    """GLB: the gradient's share outside the span of the batch; and whether one modality learns faster."""
+    audio, text = features.audio_features.grad, features.text_features.grad
+    if audio is None or text is None:
+        return {}
+    span = torch.cat([output.batch.audio_features.detach(), output.batch.text_features.detach()])
+    shares = [out_of_span_share(gradient.detach().float(), span.float()) for gradient in (audio, text)]
+    return {
+        "train/out_of_batch_gradient_share": sum(shares) / 2,
+        "train/gradient_norm_ratio": float(audio.norm() / text.norm().clamp(min=1e-12)),
+    }
+
+
+def _remember_trust(state: TrainState, batch: Batch, output: ObjectiveOutput) -> None:
+    """Keeps the reliability of the last epoch's pairs, for the report's histogram."""
+    if state.engine.global_step > state.total_steps - state.loader.steps_per_epoch:
+        known = batch.valid & (output.reliability.cpu() >= 0)
+        state.trusted.append((output.reliability.cpu()[known], batch.swapped[known]))
+
+
+def log_step(state: TrainState, values: dict[str, float], samples_per_second: float) -> None:
+    """Writes a row of metrics, on rank 0."""
+    stages = state.clock.take()
+    if state.log is None:
+        return
+    extra = state.knowledge.metrics() if state.knowledge else {}
+    row = values | state.diagnostics | stages | extra
+    row |= {
+        "train/samples_per_second": samples_per_second,
+        "train/samples_seen": float(state.samples_seen),
+        "train/epoch": state.engine.global_step / state.loader.steps_per_epoch,
+        "data/bad_samples": float(state.loader.bad.count),
+    }
+    state.log.log(row, state.engine.global_step)
+
+
+def evaluate_validation(state: TrainState) -> None:
+    """Retrieval on the validation shards, by all ranks; logged, and reported to Ray (for Tune)."""
+    shards = state.shards["validation"]
+    part = encode(state.engine.module, shards, state.config, state.rank, state.world_size)
+    results = retrieval_results(gather_encoded(part), state.shards["train"].classes, state.config.seed)
+    metrics = {
+        f"eval/validation/{direction}_{name}": value
+        for direction in ("text_to_audio", "audio_to_text")
+        for name, value in results[direction].items()
+    }
+    if state.log is not None:
+        state.log.log(metrics, state.engine.global_step)
+    ray.train.report(metrics | {"step": state.engine.global_step})
+
+
+def save_checkpoint(state: TrainState) -> None:
+    """Engine, bank and refiner as they are now. A collective; rank 0 writes, Ray Train keeps."""
+    engine = state.engine.state()
+    if state.rank != 0:
+        ray.train.report({"step": state.engine.global_step})
+        return
+    arrays = {name: ray.get(actor.state.remote()) for name, actor in state.actors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(
+            Path(folder),
+            engine=engine,
+            actors=arrays,
+            global_step=state.engine.global_step,
+            samples_seen=state.samples_seen,
+            lineage=state.lineage,
+        )
+        ray.train.report({"step": state.engine.global_step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def resume(state: TrainState) -> None:
+    """Takes up the run's last checkpoint: engine on every rank, bank and refiner by rank 0 for all."""
+    found = ray.train.get_checkpoint()
+    if found is None:
+        return
+    with found.as_directory() as name:
+        folder = Path(name)
+        manifest = checkpoint.load_manifest(folder, state.lineage)
+        state.engine.load_state(checkpoint.load_engine(folder))
+        state.samples_seen = manifest.samples_seen
+        if state.rank == 0:
+            for actor_name, actor in state.actors.items():
+                arrays = checkpoint.load_actor(folder, actor_name)
+                if arrays:
+                    ray.get(actor.load_state.remote(arrays))
+    dist.barrier()

@@ -1,0 +1,145 @@
+"""The driver of a run: checks, folders, Ray, one `TorchTrainer.fit`, the table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ask_dist import cluster
+from ask_dist import config as configuration
+from ask_dist.config import Config
+from ask_dist.data.captions import captions
+from ask_dist.data.shards import ShardList
+from ask_dist.errors import InputError
+from ask_dist.evaluate.report import print_table
+from ask_dist.files import write_atomically
+from ask_dist.models.text import Vocabulary
+from ask_dist.train import checkpoint, loop
+from ask_dist.train.progress import live
+
+VOCABULARY_CAPTIONS = 50_000
+
+
+def train(
+    config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Runs the whole job and returns the contents of report.json.
+
+    Args:
+        config: the run.
+        resume: continue from the last checkpoint; a finished run is only shown again; a new one starts.
+        overwrite: remove an earlier run of that name first.
+        console: where progress and the table go.
+
+    Raises:
+        InputError: whatever the user can mend.
+    """
+    console = console or Console()
+    config = config.anchored()
+    shards = check_data(config)
+    prepare_folder(config, shards["train"], resume=resume, overwrite=overwrite)
+    if (config.run_dir / "report.json").is_file():
+        console.print(f"{config.run_dir} is finished; --overwrite trains it anew")
+        return show(config.run_dir, console)
+    os.environ["ASK_DIST_COMMAND"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    with cluster.session(config):
+        cluster.check_resources(config)
+        actors = cluster.start_actors(config)
+        try:
+            fit(config, actors, shards["train"], console)
+        finally:
+            cluster.stop_actors(actors)
+    return show(config.run_dir, console)
+
+
+def check_data(config: Config) -> dict[str, ShardList]:
+    """The shard lists, or InputError when a split is missing or has fewer shards than workers."""
+    shards = loop.load_shards(config)
+    workers, count = config.cluster.num_workers, len(shards["train"].paths)
+    if count < workers:
+        raise InputError(
+            f"{config.data.train} has {count} shards for {workers} workers; pack it with fewer clips a shard, "
+            f"or set cluster.num_workers={count}"
+        )
+    return shards
+
+
+def prepare_folder(config: Config, train_shards: ShardList, *, resume: bool, overwrite: bool) -> None:
+    """Makes the run's folder with its resolved config.yaml and tokenizer, or checks that it can be continued."""
+    folder = config.run_dir
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise InputError(f"{folder} holds a run already; add --resume, --overwrite or name=ANOTHER")
+    try:
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        (folder / loop.INPUT_ERROR).unlink(missing_ok=True)
+        found = checkpoint.latest(folder)
+        if found is not None:
+            checkpoint.load_manifest(found, checkpoint.lineage(config, train_shards.fingerprint))
+        write_atomically(folder / "config.yaml", configuration.dump(config).encode())
+        vocabulary = folder / "model" / Vocabulary.FILE
+        if not vocabulary.is_file():
+            learned = Vocabulary.train(captions(train_shards, VOCABULARY_CAPTIONS), config.model.text.vocabulary)
+            write_atomically(vocabulary, learned.tokenizer.to_str().encode())
+    except OSError as error:
+        raise InputError(f"{folder} can't be written ({error.strerror}); free space or set output_dir=") from None
+
+
+def fit(config: Config, actors: dict[str, Any], train_shards: ShardList, console: Console) -> None:
+    """Trains with Ray Train V2; InputErrors of workers come back as such."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    gpu = cluster.use_gpu(config)
+    scaling = ScalingConfig(
+        num_workers=config.cluster.num_workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+    )
+    run_config = RunConfig(
+        name="checkpoints",
+        storage_path=str(config.run_dir),
+        failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=config.optimization.keep_checkpoints),
+    )
+    trainer = TorchTrainer(
+        loop.train_loop_per_worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "actors": actors, "use_gpu": gpu},
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        run_config=run_config,
+    )
+    total = loop.run_length(config, steps_per_epoch(config, train_shards))
+    try:
+        with live(console, config.run_dir / "metrics.jsonl", total):
+            trainer.fit()
+    except TrainingFailedError:
+        verdict = config.run_dir / loop.INPUT_ERROR
+        if verdict.is_file():
+            raise InputError(verdict.read_text(encoding="utf-8")) from None
+        raise
+
+
+def steps_per_epoch(config: Config, shards: ShardList) -> int:
+    """Global steps that an epoch takes, as the loader counts them."""
+    from ask_dist.data.order import Order
+
+    per_lane = config.global_batch_size // config.data.lanes
+    return Order(shards.counts, config.seed, config.data.lanes, per_lane, config.data.shuffle_window).steps_per_epoch
+
+
+def show(run_dir: Path, console: Console) -> dict[str, Any]:
+    """Prints the table of a finished run and says where the rest is."""
+    results = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+    print_table(results, console)
+    console.print(f"report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+    return results

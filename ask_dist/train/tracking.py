@@ -1,0 +1,76 @@
+"""One `log(metrics, step)` and the clock of a step's stages."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class MetricsLog:
+    """Appends rows to a run's metrics.jsonl: {"step": ..., "time": seconds of the run, "<metric>": number, ...}.
+
+    Args:
+        path: the file; a resumed run goes on in it.
+        elapsed: seconds that the run had taken before it was resumed.
+    """
+
+    def __init__(self, path: Path, elapsed: float = 0.0) -> None:
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the length of the run)
+        self._start = time.monotonic() - elapsed
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Writes one row at once, so that whoever follows the file sees it; values that are not finite become null."""
+        row: dict[str, float | None] = {"step": step, "time": round(time.monotonic() - self._start, 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def last_time(path: Path) -> float:
+    """Seconds that the newest complete row of a metrics.jsonl gives; 0 where there is none."""
+    if not path.is_file():
+        return 0.0
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run may be cut
+    return 0.0
+
+
+class StageClock:
+    """Mean seconds a step spends in each named stage.
+
+    with clock("forward"): ...
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._steps = 0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] += time.perf_counter() - start
+
+    def step(self) -> None:
+        """Marks the end of a step."""
+        self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """`time/<stage>` in seconds a step since the last call."""
+        means = {f"time/{stage}": seconds / max(1, self._steps) for stage, seconds in self._seconds.items()}
+        self._seconds.clear()
+        self._steps = 0
+        return means

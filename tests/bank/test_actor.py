@@ -1,0 +1,181 @@
+"""The bank actor and its client on a real Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import ray
+
+from ask_dist.bank import store
+from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.client import BankClient
+from ask_dist.bank.memory import Commit, Knowledge, KnowledgeBank
+from ask_dist.bank.prototypes import unit_rows
+from ask_dist.errors import InputError
+
+pytestmark = pytest.mark.ray
+DIM, ROWS = 16, 300
+SETTINGS = {"dim": DIM, "capacity": ROWS, "dtype": "float16"}
+
+
+@pytest.fixture
+def rows(rng):
+    return np.arange(ROWS), unit_rows(rng.normal(size=(ROWS, DIM))), unit_rows(rng.normal(size=(ROWS, DIM)))
+
+
+@pytest.fixture
+def start_actor(local_ray):
+    started = []
+
+    def start(**settings):
+        actor = RemoteBankActor.options(num_cpus=0).remote(neighbours=4, **{**SETTINGS, **settings})
+        started.append(actor)
+        return actor
+
+    yield start
+    for actor in started:
+        ray.kill(actor)
+
+
+def wait_for_rows(actor, rows: int) -> None:
+    while ray.get(actor.ping.remote()) < rows:
+        time.sleep(0.01)
+
+
+def answer_in_time(client: BankClient, ids: np.ndarray) -> Knowledge:
+    """Steps of a training loop, until the bank was quick enough."""
+    while True:
+        client.prefetch(ids)
+        time.sleep(0.02)
+        knowledge = client.collect()
+        if knowledge is not None:
+            return knowledge
+
+
+def test_the_actor_answers_as_the_bank_does(start_actor, rows):
+    actor, bank = start_actor(), KnowledgeBank(**SETTINGS)
+    assert ray.get(actor.upsert.remote(*rows, None, 3)) == bank.upsert(*rows, None, 3)
+    answer, expected = ray.get(actor.search_ids.remote(rows[0][:7])), bank.search_ids(rows[0][:7], 4)
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(answer, name), value)
+    here, there = bank.search(rows[1][:2], 3, "text"), ray.get(actor.search.remote(rows[1][:2], 3, "text"))
+    np.testing.assert_array_equal(there[1], here[1])
+    seen = ray.get(actor.snapshot.remote())
+    assert ray.get(actor.commit.remote(Commit.of_prototypes([(rows[1], rows[2])], seen))).generation == 1
+    assert ray.get(actor.prototypes.remote()).generation == 1
+    assert ray.get(actor.metrics.remote())["bank/rows"] == ROWS
+    assert ray.get(actor.ping.remote()) == ROWS
+
+
+def test_a_bank_process_imports_no_torch(local_ray):
+    @ray.remote(num_cpus=0)
+    def loaded_modules() -> set[str]:
+        import sys
+
+        import ask_dist.bank.actor  # noqa: F401
+
+        return {name for name in ("faiss", "torch") if name in sys.modules}
+
+    assert ray.get(loaded_modules.remote()) == {"faiss"}
+
+
+def test_a_saved_bank_comes_back(start_actor, rows, tmp_path):
+    first = start_actor()
+    ray.get(first.upsert.remote(*rows, None, 3))
+    state = ray.get(first.state.remote())
+    store.save(tmp_path, state)
+    assert ray.get(start_actor(state_path=str(tmp_path)).ping.remote()) == ROWS
+    second = start_actor()
+    ray.get(second.load_state.remote(state))
+    assert ray.get(second.ping.remote()) == ROWS
+    with pytest.raises(InputError):
+        ray.get(start_actor(dim=8).load_state.remote(state))
+
+
+def test_prefetched_neighbours_are_collected_once(start_actor, rows):
+    actor = start_actor()
+    client = BankClient(actor)
+    assert client.collect() is None
+    client.upsert(*rows, None, 1)
+    wait_for_rows(actor, ROWS)
+    knowledge = answer_in_time(client, rows[0][:5])
+    local = KnowledgeBank(**SETTINGS)
+    local.upsert(*(np.asarray(part, kind) for part, kind in zip(rows, (int, "f2", "f2"), strict=True)), None, 1)
+    np.testing.assert_array_equal(knowledge.ids, local.search_ids(rows[0][:5], 4).ids)
+    assert client.collect() is None
+    assert client.metrics()["bank/failed"] == client.metrics()["bank/dropped_upserts"] == 0
+
+
+def test_a_busy_bank_makes_answers_late_and_drops_upserts_but_blocks_nobody(start_actor, rows):
+    actor = start_actor()
+    client = BankClient(actor, max_in_flight=2)
+    client.upsert(*rows, None, 0)
+    wait_for_rows(actor, ROWS)
+    process = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(process, signal.SIGSTOP)  # as busy as a bank can be
+    try:
+        for step in range(1, 5):
+            client.upsert(*rows, None, step)
+            client.prefetch(rows[0][:3])
+            assert client.collect() is None
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert client.metrics()["bank/late_share"] == 1
+    assert client.metrics()["bank/failed"] == 0
+    assert client.metrics()["bank/dropped_upserts"] >= 2
+    assert answer_in_time(client, rows[0][:3]).rows == ROWS
+    assert client.metrics()["bank/late_share"] < 1
+
+
+def test_a_deterministic_client_waits(start_actor, rows):
+    client = BankClient(start_actor(), deterministic=True)
+    for step in range(5):
+        client.upsert(*rows, None, step)
+        client.prefetch(rows[0][step : step + 4])
+        assert client.collect().newest_step == step
+    assert client.metrics()["bank/late_share"] == 0.0
+
+
+def test_prototypes_follow_the_generation(start_actor, rows):
+    actor = start_actor()
+    client = BankClient(actor, deterministic=True)
+    client.upsert(*rows, None, 1)
+    client.prefetch(rows[0][:2])
+    client.collect()
+    assert client.prototypes is None
+    seen = ray.get(actor.snapshot.remote())
+    for generation in (1, 2):
+        ray.get(actor.commit.remote(Commit.of_prototypes([(rows[1][:generation], rows[2][:generation])], seen)))
+        client.prefetch(rows[0][:2])
+        client.collect()
+        assert client.prototypes.generation == generation
+        assert len(client.prototypes.levels[0][0]) == generation
+
+
+def test_a_bank_that_dies_is_counted_and_steps_go_on(start_actor, rows, tmp_path):
+    bank = KnowledgeBank(**SETTINGS)
+    bank.upsert(*rows, None, 1)
+    store.save(tmp_path, bank.state())
+    actor = start_actor(state_path=str(tmp_path))
+    client = BankClient(actor, deterministic=True)
+    client.prefetch(rows[0][:2])
+    assert client.collect() is not None
+    ray.kill(actor, no_restart=False)
+    answers = []
+    while not answers or answers[-1] is None:  # the restarted actor loads what was saved
+        client.upsert(*rows, None, 2)
+        client.prefetch(rows[0][:2])
+        answers.append(client.collect())
+    assert answers[-1].rows == ROWS
+    assert client.metrics()["bank/failed"] >= answers.count(None)
+
+
+def test_a_refused_upsert_is_counted(start_actor, rows):
+    client = BankClient(start_actor(capacity=10), deterministic=True)
+    client.upsert(*rows, None, 1)
+    client.upsert(*(part[:5] for part in rows), None, 2)
+    assert client.metrics()["bank/failed"] == 1

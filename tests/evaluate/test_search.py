@@ -1,0 +1,158 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from ask_dist.errors import InputError
+from ask_dist.evaluate.search import CLIPS, FEATURES, IndexedClip, SearchIndex, extract_clip
+
+SHARD = "test-000000.tar"
+
+
+def flac(seed: int) -> bytes:
+    samples = 0.1 * np.random.default_rng(seed).normal(size=800)
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16000, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def index() -> SearchIndex:
+    features = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    clips = tuple(IndexedClip(f"clip-{i}", (f"sound {i} <b>", "another"), SHARD, "test") for i in range(30))
+    return SearchIndex(features, clips)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_what_was_written_is_loaded(index, tmp_path, dtype):
+    written = SearchIndex(index.audio_features.astype(dtype), index.clips)
+    written.write(tmp_path / "index")
+    loaded = SearchIndex.load(tmp_path / "index")
+    assert loaded.clips == written.clips
+    assert loaded.audio_features.dtype == dtype
+    np.testing.assert_array_equal(loaded.audio_features, written.audio_features)
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [FEATURES, CLIPS]
+
+
+def test_search_sorts_by_cosine(index):
+    query = np.random.default_rng(1).normal(size=8)
+    cosine = index.audio_features @ query / np.linalg.norm(index.audio_features, axis=1) / np.linalg.norm(query)
+    order = np.argsort(-cosine)[:7]
+    hits = index.search(query, 7)
+    assert [hit.key for hit in hits] == [f"clip-{i}" for i in order]
+    assert [hit.score for hit in hits] == pytest.approx(cosine[order], abs=1e-6)
+    assert (hits[0].caption, hits[0].shard, hits[0].split) == (f"sound {order[0]} <b>", SHARD, "test")
+
+
+def test_more_hits_than_clips_are_all_clips(index):
+    assert len(index.search(np.ones(8), 100)) == 30
+
+
+def test_a_clip_without_captions_is_found_with_an_empty_one():
+    index = SearchIndex(np.eye(2, dtype=np.float32), tuple(IndexedClip(key, (), SHARD, "test") for key in "ab"))
+    assert index.search(np.array([0.0, 1.0]), 1)[0].caption == ""
+
+
+def test_queries_that_do_not_fit_are_refused(index):
+    with pytest.raises(InputError, match=r"shape \(4,\), the index \[8\]"):
+        index.search(np.ones(4), 1)
+    with pytest.raises(InputError, match="not finite"):
+        index.search(np.full(8, np.nan), 1)
+
+
+def test_embeddings_that_do_not_fit_are_refused(index):
+    with pytest.raises(InputError, match="29 embeddings but 30 clips"):
+        SearchIndex(index.audio_features[:29], index.clips)
+    with pytest.raises(InputError, match="float64"):
+        SearchIndex(index.audio_features.astype(np.float64), index.clips)
+    with pytest.raises(InputError, match="not finite"):
+        SearchIndex(np.full((30, 8), np.inf, dtype=np.float32), index.clips)
+
+
+def drop_features(folder: Path) -> None:
+    (folder / FEATURES).unlink()
+
+
+def cut_features(folder: Path) -> None:
+    data = (folder / FEATURES).read_bytes()
+    (folder / FEATURES).write_bytes(data[: len(data) // 2])
+
+
+def drop_a_clip(folder: Path) -> None:
+    lines = (folder / CLIPS).read_text().splitlines(keepends=True)
+    (folder / CLIPS).write_text("".join(lines[:-1]))
+
+
+def break_text(folder: Path) -> None:
+    (folder / CLIPS).write_bytes(b"\xff\xfe")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_features, f"no {FEATURES}"),
+        (cut_features, "can't be read"),
+        (drop_a_clip, "don't belong together"),
+        (break_text, "not UTF-8"),
+    ],
+)
+def test_a_damaged_folder_is_refused(index, tmp_path, damage, message):
+    index.write(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message):
+        SearchIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [{"key": "../x"}, {"shard": "../x.tar"}, {"shard": "x.zip"}])
+def test_a_folder_that_points_elsewhere_is_refused(index, tmp_path, bad):
+    clip = IndexedClip(**({"key": "a", "captions": ("a",), "shard": SHARD, "split": "test"} | bad))
+    SearchIndex(index.audio_features[:1], (clip,)).write(tmp_path)
+    assert json.loads((tmp_path / CLIPS).read_text())["captions"] == ["a"]
+    with pytest.raises(InputError, match="should match pattern"):
+        SearchIndex.load(tmp_path)
+
+
+def test_extracted_sound_is_the_member_byte_for_byte(tmp_path):
+    sounds = {f"{key}.flac": flac(seed) for seed, key in enumerate("abc")}
+    write_tar(tmp_path / SHARD, {"a.json": b"{}", **sounds})
+    out = extract_clip(tmp_path, SHARD, "b", tmp_path / "hit.flac")
+    assert out.read_bytes() == sounds["b.flac"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hit.flac", SHARD]
+
+
+def test_what_is_no_flac_of_that_key_is_not_extracted(tmp_path):
+    write_tar(tmp_path / SHARD, {"a.flac": flac(0), "text.flac": b"not audio"})
+    with tarfile.open(tmp_path / SHARD, "a") as tar:
+        link = tarfile.TarInfo("link.flac")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+        sparse = tarfile.TarInfo("sparse.flac")
+        sparse.size, sparse.pax_headers = 4, {"GNU.sparse.size": "4", "GNU.sparse.map": "0,4"}
+        tar.addfile(sparse, io.BytesIO(b"fLaC"))
+    for key in ("missing", "text", "link", "sparse"):
+        with pytest.raises(InputError, match=f"no FLAC file {key}.flac"):
+            extract_clip(tmp_path, SHARD, key, tmp_path / "hit.flac")
+    assert not (tmp_path / "hit.flac").exists()
+
+
+def test_shards_outside_the_folder_and_damaged_ones_are_refused(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    write_tar(tmp_path / SHARD, {"a.flac": flac(0)})
+    (inside / "bad.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(InputError, match="no shard"):
+        extract_clip(inside, f"../{SHARD}", "a", tmp_path / "hit.flac")
+    with pytest.raises(InputError, match="can't be read"):
+        extract_clip(inside, "bad.tar", "a", tmp_path / "hit.flac")
