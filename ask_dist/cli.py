@@ -40,7 +40,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a fini
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the last checkpoint, if there is one")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue from the last checkpoint, if there is one")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="remove an earlier run of that name")] = False,
 ) -> None:
     """Train a model, evaluate it, and write a report.
@@ -102,6 +104,7 @@ def search(
 def tune(
     config: Annotated[Path, typer.Argument(metavar="SWEEP", help="YAML file, such as configs/tune_reliability.yaml")],
     overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
 ) -> None:
     """Search the reliability and knowledge settings with Ray Tune (ASHA); writes best.yaml for `train`.
 
@@ -112,7 +115,7 @@ def tune(
     sweep = load(config, overrides or [])
     from ask_dist.tune.driver import tune as run
 
-    run(sweep, console)
+    run(sweep, console, resume=resume)
 
 
 class Recipe(StrEnum):
@@ -126,7 +129,9 @@ class Recipe(StrEnum):
 def pack(
     table: Annotated[Path, typer.Argument(help="CSV or JSONL of audio path and caption(s)")],
     folder: Annotated[Path, typer.Argument(help="folder for the shards of this split")],
-    audio_folder: Annotated[Path | None, typer.Option(help="where the paths begin; default: the table's folder")] = None,
+    audio_folder: Annotated[
+        Path | None, typer.Option(help="where the paths begin; default: the table's folder")
+    ] = None,
     split: Annotated[str, typer.Option(help="name of the split, used in the shards' names")] = "train",
     sample_rate: Annotated[int, typer.Option(min=1000, max=192000, help="Hz")] = 16000,
     clips_per_shard: Annotated[int, typer.Option(min=1, help="clips a tar file")] = 250,

@@ -28,7 +28,8 @@ def session(config: Config) -> Iterator[None]:
     """A connection to Ray for the length of a run.
 
     Inside `ray job submit`, or where RAY_ADDRESS names a cluster, that cluster is used; otherwise one is started on
-    this machine, with token authentication (Ray's default), and stopped at the end. Within a running session nothing is started.
+    this machine, with token authentication (Ray's default), and stopped at the end. Within a running session nothing
+    is started.
     """
     if ray.is_initialized():
         yield
@@ -50,12 +51,16 @@ def session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def resources(config: Config) -> dict[str, dict[str, float]]:
-    """What each part of a run will reserve: {"2 x worker": {"CPU": 1, "GPU": 0}, ...}, sums included."""
+def resources(config: Config, gpu: bool) -> dict[str, dict[str, float]]:
+    """What each part of a run will reserve: {"2 x worker": {"CPU": 1, "GPU": 0}, ...}, sums included.
+
+    Args:
+        config: the run.
+        gpu: whether workers get a GPU each, see `use_gpu`.
+    """
     cluster = config.cluster
-    gpu = float(use_gpu(config))
     parts = {
-        f"{cluster.num_workers} x worker": {"CPU": cluster.cpus_per_worker, "GPU": gpu},
+        f"{cluster.num_workers} x worker": {"CPU": cluster.cpus_per_worker, "GPU": float(gpu)},
         "bank": {"CPU": cluster.bank_cpus, "GPU": cluster.bank_gpus},
         "refiner": {"CPU": cluster.refine_cpus, "GPU": 0.0},
     }
@@ -80,7 +85,7 @@ def check_resources(config: Config) -> None:
     Raises:
         InputError: more of a resource is asked for than the cluster has in all; Ray would wait for ever.
     """
-    asked, present = resources(config)["in all"], ray.cluster_resources()
+    asked, present = resources(config, use_gpu(config))["in all"], ray.cluster_resources()
     for name in ("CPU", "GPU"):
         if asked[name] > present.get(name, 0):
             raise InputError(
@@ -119,4 +124,3 @@ def stop_actors(actors: dict[str, Any]) -> None:
     """Ends the actors of a run at once."""
     for actor in actors.values():
         ray.kill(actor)
-

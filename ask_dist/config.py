@@ -61,7 +61,7 @@ class AudioModel(Section):
     """The audio encoder, by its registered name."""
 
     name: str = "conv"
-    width: Count = 32
+    width: Count = 24
     mel_bins: Count = 64
 
 
@@ -70,7 +70,7 @@ class TextModel(Section):
 
     name: str = "transformer"
     width: Count = 128
-    layers: Count = 2
+    layers: Count = 1
     heads: Count = 4
     max_tokens: Count = 32
     vocabulary: Count = Field(8000, description="largest size of the tokenizer trained on the captions")
@@ -196,8 +196,8 @@ class Config(Section):
         if self.global_batch_size % lanes:
             fit = max(1, round(self.global_batch_size / lanes)) * lanes // workers
             raise ValueError(
-                f"the global batch of {self.global_batch_size} (optimization.micro_batch_size x cluster.num_workers) is "
-                f"no multiple of data.lanes={lanes}; set optimization.micro_batch_size={fit} or other lanes"
+                f"the global batch of {self.global_batch_size} (optimization.micro_batch_size x cluster.num_workers) "
+                f"is no multiple of data.lanes={lanes}; set optimization.micro_batch_size={fit} or other lanes"
             )
         if self.model.text.width % self.model.text.heads:
             text = self.model.text

@@ -22,8 +22,8 @@ BATCH = 32
 def loader_vs_webdataset(shards_folder: Path, rounds: int = 5) -> dict[str, float]:
     """Read an epoch a round with each, in turns, in one process without decoding processes.
 
-    The loader's epochs come out of one running stream, as in training. The yardstick reads the tars in order and decodes JSON and FLAC, no more. The loader also shuffles, checks, crops
-    and stacks.
+    The yardstick reads the tars in order and decodes JSON and FLAC, no more. The loader also shuffles, checks, crops
+    and stacks; its epochs come out of one running stream, as in training.
 
     Returns:
         Medians over the rounds: "loader" and "webdataset" in samples/s, and their "ratio".

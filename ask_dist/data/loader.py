@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -407,4 +407,7 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
             yield value
     finally:
         stopped.set()
+        with suppress(queue.Empty):  # make room, so that the thread sees at once that it can stop
+            while True:
+                ready.get_nowait()
         thread.join()

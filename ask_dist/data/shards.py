@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ask_dist.errors import InputError
+from ask_dist.files import write_atomically
 
 FORMAT = 1
 SIZES = "sizes.json"
@@ -127,12 +127,7 @@ def read_sizes(folder: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, meets the old file or the new one and nothing between."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_atomically(path, text.encode())
 
 
 def _problem_of(sizes: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import posixpath
 import re
@@ -45,9 +46,9 @@ def read_table(table: Path, audio_column: str, caption_columns: Sequence[str] | 
         )
         audio = _path(cells.get(audio_column))
         row = rows.setdefault(audio, Row(line, audio, [], []))
-        row.captions += [text for name in names for text in _texts(cells.get(name)) if text not in row.captions]
+        row.captions = _joined(row.captions, *(_texts(cells.get(name)) for name in names))
         classes = _texts(cells.get("classes", cells.get("class")), ";" if table.suffix == ".csv" else None)
-        row.classes += [name for name in classes if name not in row.classes]
+        row.classes = _joined(row.classes, classes)
     if not rows:
         raise InputError(f"{table} has no rows: give at least one audio file with a caption")
     missing = [name for name in (audio_column, *(caption_columns or ())) if name not in columns]
@@ -93,9 +94,12 @@ def _object(table: Path, line: int, text: str) -> dict[str, Any]:
 
 
 def _texts(cell: Any, separator: str | None = None) -> list[str]:
-    """The strings of a cell, stripped, without empty and repeated ones."""
-    parts = cell if isinstance(cell, list) else [cell]
-    texts = [
-        part for text in parts if isinstance(text, str) for part in (text.split(separator) if separator else [text])
-    ]
-    return list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+    """The strings of a cell, stripped, without empty ones."""
+    texts = [text for text in (cell if isinstance(cell, list) else [cell]) if isinstance(text, str)]
+    parts = [part.strip() for text in texts for part in (text.split(separator) if separator else [text])]
+    return [part for part in parts if part]
+
+
+def _joined(*lists: list[str]) -> list[str]:
+    """All the strings in order, each once."""
+    return list(dict.fromkeys(itertools.chain(*lists)))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,7 @@ class SearchIndex:
     """
 
     audio_features: np.ndarray
-    clips: tuple[IndexedClip, ...]
+    clips: Sequence[IndexedClip]
 
     def __post_init__(self) -> None:
         features = self.audio_features

@@ -16,7 +16,7 @@ def contrast_masks(batch: GlobalBatch, local: int) -> tuple[Tensor, Tensor]:
         local: number of rows of this rank.
 
     Returns:
-        allowed: bool [local, global]; False for empty slots and for further rows with the same id, which are no negatives.
+        allowed: bool [local, global]; False for empty slots and for further rows with the same id, no negatives.
         target: int64 [local], column of the row itself.
     """
     target = torch.arange(batch.offset, batch.offset + local, device=batch.ids.device)

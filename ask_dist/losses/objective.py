@@ -71,7 +71,7 @@ class AskObjective:
         reliability = self._reliability(audio_features, text_features, neighbours)
         batch = gather(audio_features, text_features, reliability, ids, valid)
         weights = self._weights(batch, len(ids), progress)
-        # Gates depend on progress alone, so that all ranks pass them together; an answer may be missing on one rank only.
+        # Gates depend on progress alone, so that all ranks pass them together; an answer may be missing on one rank.
         use = (
             self.knowledge.enabled
             and progress >= self.knowledge.start
@@ -82,7 +82,7 @@ class AskObjective:
         if use and neighbours is not None:
             terms |= self._agreement(audio_features, text_features, batch, weights, neighbours)
         loss = torch.stack(list(terms.values())).sum()
-        detached = {name: term.detach() for name, term in terms.items()} 
+        detached = {name: term.detach() for name, term in terms.items()}
         return ObjectiveOutput(loss, detached, reliability, use, batch)
 
     def _reliability(self, audio: Tensor, text: Tensor, neighbours: Neighbours | None) -> Tensor:
@@ -109,7 +109,7 @@ class AskObjective:
         weights: Tensor,
         neighbours: Neighbours | None,
     ) -> dict[str, Tensor]:
-        """Half the sum of both directions: in the batch, and mixed in by contrast_weight, against the bank's rows too."""
+        """Half the sum of both directions, in the batch; mixed in by contrast_weight, against the bank's rows too."""
         allowed, target = contrast_masks(batch, len(audio))
         by_audio = scale * audio @ batch.text_features.T
         by_text = scale * text @ batch.audio_features.T

@@ -101,7 +101,7 @@ class Vocabulary:
 
 
 class TransformerTextEncoder(TextEncoder):
-    """Small transformer over caption units, from scratch; the summary token's state is the caption's vector."""
+    """Small transformer over caption units, from scratch; the mean of their states is the caption's vector."""
 
     def __init__(
         self, vocabulary: Vocabulary, width: int, layers: int, heads: int, max_tokens: int, dropout: float
@@ -123,9 +123,11 @@ class TransformerTextEncoder(TextEncoder):
         return {Vocabulary.FILE: self.vocabulary.tokenizer.to_str().encode()}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        x = x + sinusoids(tokens.shape[1], self.output_dim, x)
-        return self.norm(self.layers(x, src_key_padding_mask=tokens == 0)[:, 0])
+        x = self.embedding(tokens) * self.output_dim**0.5
+        padding = tokens == 0
+        states = self.layers(x + sinusoids(tokens.shape[1], self.output_dim, x), src_key_padding_mask=padding)
+        present = (~padding).unsqueeze(2)
+        return self.norm((states * present).sum(dim=1) / present.sum(dim=1))
 
 
 @register_text_encoder("transformer")

@@ -1,10 +1,9 @@
-"""Checkpoints and the weights of a finished run: safetensors and JSON, nothing that could run code."""
+"""Checkpoints of a run: safetensors and JSON, nothing that could run code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +14,12 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ask_dist import config as configuration
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically
-from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
-from ask_dist.models.text import Vocabulary
 
 FORMAT = 1
-MANIFEST, ENGINE, BANK, REFINER, WEIGHTS = "manifest.json", "engine.safetensors", "bank", "refiner", "model.safetensors"
+MANIFEST, ENGINE = "manifest.json", "engine.safetensors"
 
 
 @dataclass(frozen=True)
@@ -118,35 +114,6 @@ def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     complete = [path.parent for path in (run_dir / "checkpoints").glob(f"checkpoint_*/{MANIFEST}")]
     return max(complete, key=lambda folder: folder.name, default=None)
-
-
-def save_model(folder: Path, model: DualEncoder) -> None:
-    """Writes a model's weights and its text encoder's files for `load_model`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    aside = folder / f".{WEIGHTS}"
-    save_file(weights, aside)
-    os.replace(aside, folder / WEIGHTS)
-    for name, content in model.text.assets().items():
-        write_atomically(folder / name, content)
-
-
-def load_model(run_dir: Path) -> tuple[Config, DualEncoder]:
-    """The configuration and the trained model of a finished run, in evaluation mode on the CPU.
-
-    Raises:
-        InputError: the folder is no finished run, or its weights do not fit its configuration.
-    """
-    if not (run_dir / "model" / WEIGHTS).is_file():
-        raise InputError(f"{run_dir} holds no finished run (no model/{WEIGHTS}); train it, or finish it with --resume")
-    config = configuration.load(run_dir / "config.yaml")
-    vocabulary = Vocabulary.load(run_dir / "model" / Vocabulary.FILE)
-    model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
-    try:
-        model.load_state_dict(load_file(run_dir / "model" / WEIGHTS))
-    except Exception as error:  # safetensors and torch each raise types of their own
-        raise InputError(f"{run_dir}/model/{WEIGHTS} does not fit config.yaml: {str(error).splitlines()[0]}") from None
-    return config, model.eval()
 
 
 def _sha256(path: Path) -> str:

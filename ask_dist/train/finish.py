@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 from ask_dist.data.shards import stable_id
 from ask_dist.evaluate.drift import auroc, mean_drift, neighbour_overlap
+from ask_dist.evaluate.encode import Encoded, encode, gather_encoded, retrieval_results, search_index
 from ask_dist.evaluate.report import read_series, write_report
-from ask_dist.train import checkpoint
-from ask_dist.train.evaluation import Encoded, encode, gather_encoded, retrieval_results, search_index
+from ask_dist.models.saved import save_model
 
 if TYPE_CHECKING:
     from ask_dist.train.loop import TrainState
@@ -41,7 +41,7 @@ def finish(state: TrainState) -> None:
         records = bad + encoded.bad
         examples = [{"name": f"{r['shard']}: {r['key']}", "reason": r["reason"]} for r in records[:20]]
         results["quarantine"] = {"count": len(records), "examples": examples}
-        checkpoint.save_model(state.config.run_dir / "model", model)
+        save_model(state.config.run_dir / "model", model)
         search_index(encoded, split).write(state.config.run_dir / "index")
         if state.log is not None:
             state.log.close()

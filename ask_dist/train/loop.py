@@ -24,13 +24,13 @@ from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import out_of_span_share
+from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
 from ask_dist.files import write_atomically
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
 from ask_dist.models.dual_encoder import Features, build_dual_encoder
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import checkpoint, finish
 from ask_dist.train.engine import Engine
-from ask_dist.train.evaluation import encode, gather_encoded, retrieval_results
 from ask_dist.train.knowledge import KnowledgeSource
 from ask_dist.train.tracking import MetricsLog, StageClock, last_time
 

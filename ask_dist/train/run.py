@@ -7,9 +7,13 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 from rich.console import Console
 
 from ask_dist import cluster
@@ -93,12 +97,22 @@ def prepare_folder(config: Config, train_shards: ShardList, *, resume: bool, ove
         raise InputError(f"{folder} can't be written ({error.strerror}); free space or set output_dir=") from None
 
 
-def fit(config: Config, actors: dict[str, Any], train_shards: ShardList, console: Console) -> None:
-    """Trains with Ray Train V2; InputErrors of workers come back as such."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+def fit(
+    config: Config,
+    actors: dict[str, Any],
+    train_shards: ShardList,
+    console: Console,
+    callbacks: Sequence[UserCallback] = (),
+) -> None:
+    """Trains with Ray Train V2; InputErrors of workers come back as such.
 
+    Args:
+        config: the run, with absolute paths.
+        actors: of `cluster.start_actors`.
+        train_shards: the training split.
+        console: where progress is shown.
+        callbacks: of Ray Train, such as Tune's that forwards reports.
+    """
     gpu = cluster.use_gpu(config)
     scaling = ScalingConfig(
         num_workers=config.cluster.num_workers,
@@ -109,6 +123,7 @@ def fit(config: Config, actors: dict[str, Any], train_shards: ShardList, console
         name="checkpoints",
         storage_path=str(config.run_dir),
         failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        callbacks=list(callbacks),
         checkpoint_config=CheckpointConfig(num_to_keep=config.optimization.keep_checkpoints),
     )
     trainer = TorchTrainer(

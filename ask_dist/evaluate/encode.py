@@ -1,4 +1,4 @@
-"""Evaluation on every rank: each encodes its part, all get the whole."""
+"""A split through the model: each rank encodes its part, all get the whole."""
 
 from __future__ import annotations
 

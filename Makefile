@@ -1,0 +1,54 @@
+# Each target sets up what it needs; a second call reuses what is there.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PYTHONDONTWRITEBYTECODE :=
+
+.DEFAULT_GOAL := help
+.PHONY: help environment corpus open-sounds quickstart test test-all lint bench requirements clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+environment: $(INSTALLED)  ## make .venv with the pinned packages
+
+# Byte-compiled once here: otherwise every Ray worker compiles torch and deepspeed anew.
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+corpus: $(INSTALLED)  ## render the sampled scenes (pip alone)
+	$(BIN)/ask-dist corpus build sampled-scenes
+
+open-sounds: $(INSTALLED)  ## compose scenes of real recordings (needs apt-get, no root)
+	$(BIN)/ask-dist corpus build open-sounds
+
+quickstart: corpus  ## set up, train on the sampled scenes, print the table
+	$(BIN)/ask-dist train configs/quickstart.yaml --resume
+
+test: $(INSTALLED)  ## all tests but the slow ones, then the checks of style and types
+	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) lint
+
+test-all: $(INSTALLED)  ## the slow tests too
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## ruff, and mypy on the modules without Ray
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: corpus  ## runs/bench/bench.json: trainer, loader, bank and knowledge step against their yardsticks
+	$(BIN)/python -m ask_dist.bench
+
+requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 --all-extras \
+	  -o requirements.txt pyproject.toml
+
+clean:  ## remove the environment, shards and runs
+	rm -rf $(VENV) runs .cache
+	find shards -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

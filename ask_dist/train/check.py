@@ -1,0 +1,137 @@
+"""A dry run: everything that can be known before a job starts, and one step on synthetic data."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ask_dist import cluster
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.config import Config
+from ask_dist.data.captions import captions
+from ask_dist.data.shards import ShardList
+from ask_dist.errors import InputError
+from ask_dist.losses.injection import Neighbours
+from ask_dist.losses.objective import AskObjective
+from ask_dist.models.dual_encoder import build_dual_encoder
+from ask_dist.models.text import Vocabulary
+from ask_dist.train import loop
+from ask_dist.train.run import check_data, steps_per_epoch
+
+SAMPLE_CAPTIONS = 2000
+
+
+def check(config: Config, console: Console) -> None:
+    """Validates data, output folder and resources, prints what the run would do, and takes one step.
+
+    Raises:
+        InputError: the first thing that would stop the run.
+    """
+    config = config.anchored()
+    shards = check_data(config)
+    _check_writable(config.run_dir)
+    _check_machine(config)
+    console.print(_data_table(config, shards))
+    console.print(_resource_table(config))
+    loss, seconds, parameters = synthetic_step(config, shards["train"])
+    console.print(
+        f"one synthetic step of {config.optimization.micro_batch_size} pairs on the CPU: loss {loss:.3f}, "
+        f"{seconds:.2f} s, {parameters / 1e6:.2f} million parameters",
+        highlight=False,
+    )
+    console.print("[green]ready[/]: ask-dist train would run", highlight=False)
+
+
+def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int]:
+    """One forward, objective with knowledge, and backward on random sounds with captions of the corpus.
+
+    Returns:
+        The loss, seconds taken, and the model's parameter count.
+
+    Raises:
+        InputError: the loss or a gradient is not finite.
+    """
+    torch.manual_seed(config.seed)
+    size = config.optimization.micro_batch_size
+    sentences = list(captions(shards, SAMPLE_CAPTIONS))
+    if not sentences:
+        raise InputError(f"{config.data.train} has no readable caption; pack it again")
+    vocabulary = Vocabulary.train(sentences, config.model.text.vocabulary)
+    model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
+    audio = 0.1 * torch.randn(size, round(config.data.clip_seconds * config.data.sample_rate))
+    tokens = model.text.tokenize([sentences[i % len(sentences)] for i in range(size)])
+    start = time.perf_counter()
+    features = model(audio, tokens)
+    objective = AskObjective(config.knowledge, half_life=config.knowledge.half_life)
+    loss = objective(*features, torch.arange(size), neighbours=_synthetic_neighbours(config)).loss
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not torch.isfinite(loss) or not all(torch.isfinite(gradient).all() for gradient in gradients):
+        raise InputError(f"the synthetic step gave loss {loss.item()}; lower optimization.learning_rate or use fp32")
+    return loss.item(), time.perf_counter() - start, sum(p.numel() for p in model.parameters())
+
+
+def _synthetic_neighbours(config: Config) -> Neighbours:
+    """The answer of a small bank of random rows."""
+    dim, rows = config.model.embedding_dim, 256
+    values = np.random.default_rng(config.seed).standard_normal((2, rows, dim)).astype(np.float32)
+    values /= np.linalg.norm(values, axis=2, keepdims=True)
+    bank = KnowledgeBank(dim, rows)
+    bank.upsert(np.arange(rows) + 10**6, values[0], values[1], None, 0)
+    answer = bank.search_ids(np.arange(32) + 10**6, config.knowledge.neighbours)
+    return Neighbours(
+        torch.tensor(answer.ids),
+        torch.tensor(answer.audio, dtype=torch.float32),
+        torch.tensor(answer.text, dtype=torch.float32),
+        torch.tensor(answer.age, dtype=torch.float32),
+    )
+
+
+def _check_writable(run_dir: Path) -> None:
+    folder = run_dir
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} is not writable; set output_dir=")
+
+
+def _check_machine(config: Config) -> None:
+    """Resources against this machine, where no cluster is named."""
+    if "RAY_ADDRESS" in os.environ:
+        with cluster.session(config):
+            cluster.check_resources(config)
+        return
+    cores = os.cpu_count() or 1
+    asked = cluster.resources(config, gpu=bool(config.cluster.use_gpu))["in all"]
+    if asked["CPU"] > cores:
+        raise InputError(
+            f"the run asks for {asked['CPU']:g} CPU, this machine has {cores}; lower cluster.num_workers or "
+            "cpus_per_worker, or set RAY_ADDRESS to a cluster"
+        )
+
+
+def _data_table(config: Config, shards: dict[str, ShardList]) -> Table:
+    table = Table("split", "shards", "clips", "hours", "classes", title="data", title_justify="left")
+    for split, listed in shards.items():
+        hours = f"{listed.seconds / 3600:.2f}"
+        table.add_row(split, str(len(listed.paths)), str(listed.clips), hours, str(len(listed.classes)))
+    epoch = steps_per_epoch(config, shards["train"])
+    table.caption = (
+        f"{config.cluster.num_workers} workers, global batch {config.global_batch_size}, {epoch} steps an epoch, "
+        f"{loop.run_length(config, epoch)} steps in all"
+    )
+    return table
+
+
+def _resource_table(config: Config) -> Table:
+    table = Table("part", "CPU", "GPU", title="resources", title_justify="left")
+    for part, needs in cluster.resources(config, gpu=bool(config.cluster.use_gpu)).items():
+        table.add_row(part, f"{needs['CPU']:g}", f"{needs['GPU']:g}")
+    table.caption = "0 shares the workers' cores"
+    return table

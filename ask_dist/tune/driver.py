@@ -1,0 +1,124 @@
+"""Ray Tune around whole runs: each trial is a Ray Train job with a bank and a refiner of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import tune as ray_tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from rich.console import Console
+from rich.table import Table
+
+from ask_dist import cluster
+from ask_dist import config as configuration
+from ask_dist.errors import InputError
+from ask_dist.files import write_atomically
+from ask_dist.train import run
+from ask_dist.tune.space import Distribution, Sweep
+
+BEST = "best.yaml"
+
+
+def tune(sweep: Sweep, console: Console, *, resume: bool = False) -> Path:
+    """Runs the sweep, prints its table, and writes best.yaml, a configuration that `ask-dist train` takes.
+
+    Args:
+        sweep: what to search.
+        console: where progress and the table go.
+        resume: go on with an interrupted sweep of that name.
+
+    Returns:
+        Path of best.yaml.
+
+    Raises:
+        InputError: the folder is in use, the base run can't start, or no trial reported the metric.
+    """
+    folder = (sweep.output_dir / sweep.name).absolute()
+    base = sweep.trial_config({}, sweep.name, sweep.output_dir).anchored()
+    run.check_data(base)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise InputError(f"{folder} holds a sweep already; add --resume or name=ANOTHER")
+    folder.mkdir(parents=True, exist_ok=True)
+    with cluster.session(base):
+        cluster.check_resources(base)
+        results = _tuner(sweep, folder, resume).fit()
+    return _conclude(sweep, results, folder, console)
+
+
+def _tuner(sweep: Sweep, folder: Path, resume: bool) -> ray_tune.Tuner:
+    # Tune and Train both count CPUs: the function itself reserves none, its workers do.
+    trial = ray_tune.with_resources(
+        ray_tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), working_dir=os.getcwd()), {"CPU": 0}
+    )
+    if resume and ray_tune.Tuner.can_restore(str(folder / "trials")):
+        return ray_tune.Tuner.restore(str(folder / "trials"), trial, resume_unfinished=True, restart_errored=True)
+    scheduler = ASHAScheduler(
+        time_attr="training_iteration",
+        max_t=1000,
+        grace_period=sweep.grace_evaluations,
+        reduction_factor=sweep.reduction,
+    )
+    return ray_tune.Tuner(
+        trial,
+        param_space={key: _domain(distribution) for key, distribution in sweep.search.items()},
+        tune_config=ray_tune.TuneConfig(
+            metric=sweep.metric,
+            mode="max",
+            num_samples=sweep.trials,
+            max_concurrent_trials=sweep.concurrent,
+            scheduler=scheduler,
+            trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+        ),
+        run_config=ray_tune.RunConfig(name="trials", storage_path=str(folder), verbose=1),
+    )
+
+
+def run_trial(sample: dict[str, Any], *, sweep: dict[str, Any], working_dir: str) -> None:
+    """One trial: a training run that reports each validation to Tune."""
+    os.chdir(working_dir)
+    parsed = Sweep.model_validate(sweep)
+    folder = Path(parsed.output_dir).absolute() / parsed.name / "runs"
+    config = parsed.trial_config(sample, f"trial_{ray_tune.get_context().get_trial_id()}", folder).anchored()
+    shards = run.check_data(config)
+    run.prepare_folder(config, shards["train"], resume=True, overwrite=False)
+    actors = cluster.start_actors(config)
+    try:
+        run.fit(config, actors, shards["train"], Console(quiet=True), callbacks=[TuneReportCallback()])
+    finally:
+        cluster.stop_actors(actors)
+
+
+def _domain(distribution: Distribution) -> Any:
+    if distribution.uniform:
+        return ray_tune.uniform(*distribution.uniform)
+    if distribution.loguniform:
+        return ray_tune.loguniform(*distribution.loguniform)
+    return ray_tune.choice(list(distribution.choice or ()))
+
+
+def _conclude(sweep: Sweep, results: ray_tune.ResultGrid, folder: Path, console: Console) -> Path:
+    """Prints the trials, best first, and writes the best one's configuration."""
+    scored = []
+    for result in results:
+        frame = result.metrics_dataframe
+        values = frame[sweep.metric].dropna() if frame is not None and sweep.metric in frame else []
+        if len(values):
+            scored.append((float(max(values)), result))
+    if not scored:
+        raise InputError(f"no trial reported {sweep.metric}; see {folder}/trials and optimization.evaluate_every")
+    scored.sort(key=lambda entry: -entry[0])
+    table = Table(sweep.metric, *sweep.search, "evaluations", title=sweep.name, title_justify="left")
+    for score, result in scored:
+        values = [f"{result.config[key]:.3g}" for key in sweep.search]
+        table.add_row(f"{score:.2f}", *values, str(result.metrics.get("training_iteration", "")))
+    console.print(table)
+    chosen = {key: scored[0][1].config[key] for key in sweep.search}
+    best = sweep.trial_config(chosen, f"{sweep.name}_best", sweep.output_dir)
+    write_atomically(folder / BEST, configuration.dump(best).encode())
+    errors = f", {results.num_errors} failed" if results.num_errors else ""
+    console.print(f"{len(scored)} of {sweep.trials} trials scored{errors}; train with {folder / BEST}", soft_wrap=True)
+    return folder / BEST

@@ -1,0 +1,8 @@
+"""`ask-dist train` as a cluster job: ray job submit --working-dir . -- python jobs/train.py configs/quickstart.yaml"""
+
+import sys
+
+from ask_dist.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

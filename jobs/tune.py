@@ -1,0 +1,8 @@
+"""`ask-dist tune` as a cluster job: ray job submit --working-dir . -- python jobs/tune.py configs/tune_reliability.yaml"""
+
+import sys
+
+from ask_dist.cli import main
+
+if __name__ == "__main__":
+    main(["tune", *sys.argv[1:]])

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+
+from ask_dist.data.audio import BadSample, decode, fit_length, resample
+
+
+def encoded(audio: np.ndarray, rate: int = 8000, kind: str = "WAV", subtype: str = "FLOAT") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, audio, rate, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def sine(rate: int, seconds: float = 1.0, hertz: float = 440.0) -> np.ndarray:
+    return np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate).astype(np.float32)
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])
+def test_decode_gives_mono_float32_of_any_format(kind: str, subtype: str) -> None:
+    left = sine(8000) / 2
+    audio, rate = decode(encoded(np.stack([left, left * 0.5], axis=1), kind=kind, subtype=subtype))
+    assert (audio.dtype, audio.shape, rate) == (np.float32, left.shape, 8000)
+    np.testing.assert_allclose(audio, left * 0.75, atol=0.05 if kind == "OGG" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "undecodable"),
+        (b"no audio at all", "undecodable"),
+        (encoded(sine(8000))[:30], "undecodable"),
+        (encoded(np.zeros(0, np.float32)), "empty"),
+        (encoded(np.full(100, 9e-5, np.float32)), "silent"),
+        (encoded(np.array([0.1, np.nan], np.float32)), "NaN"),
+        (encoded(np.array([0.1, -np.inf], np.float32)), "infinite"),
+    ],
+)
+def test_decode_says_what_is_bad(data: bytes, reason: str) -> None:
+    with pytest.raises(BadSample, match=reason):
+        decode(data)
+
+
+def test_the_quietest_usable_clip_is_kept() -> None:
+    assert decode(encoded(np.full(100, -1.1e-4, np.float32)))[0].shape == (100,)
+
+
+@pytest.mark.parametrize("rate", [44100, 48000, 22050, 8000, 16000, 31571, 15999])
+def test_resample_keeps_a_tone(rate: int) -> None:
+    heard = resample(sine(rate), rate, 16000)
+    assert heard.dtype == np.float32
+    assert len(heard) == 16000
+    np.testing.assert_allclose(heard[1000:-1000], sine(16000)[1000:-1000], atol=0.01)
+
+
+def test_fit_length() -> None:
+    audio = np.arange(1, 11, dtype=np.float32)
+    np.testing.assert_array_equal(fit_length(audio, 12, None), [*audio, 0, 0])
+    np.testing.assert_array_equal(fit_length(audio, 4, None), [4, 5, 6, 7])
+    np.testing.assert_array_equal(fit_length(audio, 10, None), audio)
+    starts = {fit_length(audio, 8, np.random.default_rng(seed))[0] for seed in range(50)}
+    assert starts == {1, 2, 3}

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ask_dist.data.loader import Batch, EvalLoader, TrainLoader, prefetched
+from ask_dist.data.pack import write_shards
+from ask_dist.data.samples import read_shard
+from ask_dist.data.shards import Clip, ShardList, stable_id
+from ask_dist.errors import InputError
+
+MakeClip = Callable[..., Clip]
+
+
+def loader(shards: ShardList, **changes: Any) -> TrainLoader:
+    options: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch_size": 16,
+        "seed": 3,
+        "sample_rate": 8000,
+        "clip_seconds": 0.05,
+        "shuffle_window": 8,
+    }
+    return TrainLoader(shards, **options | changes)
+
+
+def take(source: TrainLoader, count: int, start: int = 0) -> list[Batch]:
+    stream = source.batches(start)
+    batches = list(itertools.islice(stream, count))
+    stream.close()
+    return batches
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert (one.epoch, one.step, one.keys, one.captions) == (other.epoch, other.step, other.keys, other.captions)
+    for name in ("ids", "audio", "valid", "swapped"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def valid_rows(batches: list[Batch]) -> list[tuple[int, str, str, bytes]]:
+    return [
+        (int(batch.ids[row]), batch.keys[row], batch.captions[row], batch.audio[row].numpy().tobytes())
+        for batch in batches
+        for row in range(len(batch.keys))
+        if batch.valid[row]
+    ]
+
+
+def test_an_epoch_delivers_every_clip_once_with_what_belongs_to_it(shards: ShardList, make_clip: MakeClip) -> None:
+    source = loader(shards)
+    batches = take(source, source.steps_per_epoch)
+    rows = valid_rows(batches)
+    assert sorted(key for _, key, _, _ in rows) == [f"clip-{number:03d}" for number in range(103)]
+    for clip_id, key, caption, audio in rows:
+        clip = make_clip(int(key[-3:]))
+        assert clip_id == stable_id(key)
+        assert caption in clip.captions
+        np.testing.assert_allclose(np.frombuffer(audio, np.float32), clip.audio, atol=1e-4)
+    swapped = {key for batch in batches for key, flag in zip(batch.keys, batch.swapped, strict=True) if flag}
+    assert swapped == {f"clip-{number:03d}" for number in range(0, 103, 5)}
+    assert all(batch.audio.dtype == torch.float32 and batch.ids.dtype == torch.int64 for batch in batches)
+    assert source.bad.records == []
+
+
+def test_padding_is_marked_and_filled_with_a_valid_sample(shards: ShardList) -> None:
+    source = loader(shards)
+    *_, last = take(source, source.steps_per_epoch)
+    assert 0 < int(last.valid.sum()) < 16
+    donor = int(last.valid.nonzero()[0])
+    for row in range(16):
+        if not last.valid[row]:
+            assert (int(last.ids[row]), last.keys[row], last.captions[row]) == (-1, "", last.captions[donor])
+            assert torch.equal(last.audio[row], last.audio[donor])
+
+
+def test_a_batch_without_any_valid_sample_is_zeros(tmp_path: Path, make_clip: MakeClip) -> None:
+    write_shards([make_clip(1), make_clip(2)], tmp_path, "train")
+    (batch,) = take(loader(ShardList.load(tmp_path), rank=0, world_size=4, micro_batch_size=2), 1)
+    assert not batch.valid.any()
+    assert not batch.audio.any()
+    assert batch.captions == ["", ""]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 1000), lanes=st.sampled_from([8, 16]), window=st.integers(1, 40), size=st.sampled_from([16, 48])
+)
+def test_global_batches_are_the_same_on_any_number_of_ranks(
+    shards: ShardList, seed: int, lanes: int, window: int, size: int
+) -> None:
+    def global_batches(world_size: int) -> list[list[tuple[int, str, str, bytes]]]:
+        ranks = [
+            take(
+                loader(
+                    shards,
+                    rank=rank,
+                    world_size=world_size,
+                    micro_batch_size=size // world_size,
+                    seed=seed,
+                    lanes=lanes,
+                    shuffle_window=window,
+                ),
+                9,
+            )
+            for rank in range(world_size)
+        ]
+        return [valid_rows([batches[step] for batches in ranks]) for step in range(9)]
+
+    alone = global_batches(1)
+    assert all(global_batches(world_size) == alone for world_size in (2, 4, 8))
+
+
+@settings(max_examples=20, deadline=None)
+@given(start=st.integers(0, 25), seed=st.integers(0, 5), rank=st.integers(0, 1), window=st.integers(1, 40))
+def test_resuming_from_any_step_gives_the_uninterrupted_stream(
+    shards: ShardList, start: int, seed: int, rank: int, window: int
+) -> None:
+    options = {"rank": rank, "world_size": 2, "micro_batch_size": 8, "seed": seed, "shuffle_window": window}
+    whole = take(loader(shards, **options), start + 3)
+    for resumed, expected in zip(take(loader(shards, **options), 3, start), whole[start:], strict=True):
+        assert_same(resumed, expected)
+
+
+def test_epochs_and_seeds_differ_in_order(shards: ShardList) -> None:
+    source = loader(shards)
+    steps = source.steps_per_epoch
+    batches = take(source, 2 * steps)
+    assert [batch.epoch for batch in batches] == [0] * steps + [1] * steps
+    assert [batch.step for batch in batches] == list(range(2 * steps))
+    orders = [
+        [row[1] for row in valid_rows(part)]
+        for part in (batches[:steps], batches[steps:], take(loader(shards, seed=4), steps))
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_captions_and_crops_are_drawn_anew_each_epoch(shards: ShardList) -> None:
+    source = loader(shards, clip_seconds=0.01)
+    rows = valid_rows(take(source, 6 * source.steps_per_epoch))
+    seen = [row for row in rows if row[1] == "clip-002"]
+    assert len(seen) == 6
+    assert 1 < len({caption for _, _, caption, _ in seen}) <= 3
+    assert len({audio for *_, audio in seen}) == 6
+
+
+@pytest.mark.multiprocess
+def test_decoding_processes_give_the_same_batches(shards: ShardList) -> None:
+    start = 5
+    expected = take(loader(shards, lanes=6, micro_batch_size=12), 6, start)
+    for batch, other in zip(
+        take(loader(shards, lanes=6, micro_batch_size=12, processes=4), 6, start), expected, strict=True
+    ):
+        assert_same(batch, other)
+
+
+def broken_copy(corpus: Path, folder: Path) -> ShardList:
+    """The corpus with one shard cut in two, one of garbage, and one with a silent clip and a clip without words."""
+    copy = shutil.copytree(corpus, folder / "broken")
+    cut = copy / "train-000003.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (copy / "train-000005.tar").write_bytes(b"garbage" * 1000)
+    return ShardList.load(copy)
+
+
+def test_bad_shards_become_invalid_places_on_every_rank(corpus: Path, tmp_path: Path) -> None:
+    damaged = broken_copy(corpus, tmp_path)
+    healthy = {
+        raw.key
+        for path, count in zip(damaged.paths, damaged.counts, strict=True)
+        for raw in read_shard(path, 0, count)
+        if raw.problem is None and {"flac", "json"} <= raw.members.keys()
+    }
+    assert 85 < len(healthy) < 93
+    met: list[str] = []
+    bad = 0
+    for rank in range(2):
+        source = loader(damaged, rank=rank, world_size=2, micro_batch_size=8, max_bad_share=1.0)
+        assert source.steps_per_epoch == loader(damaged).steps_per_epoch
+        met += [key for _, key, _, _ in valid_rows(take(source, source.steps_per_epoch))]
+        bad += source.bad.count
+        assert len(source.bad.records) <= 4
+        assert {record["shard"] for record in source.bad.records} <= {"train-000003.tar", "train-000005.tar"}
+        assert source.bad.delivered < 60
+    assert sorted(met) == sorted(healthy)
+    assert bad == 103 - len(healthy)
+
+
+def test_bad_clips_are_named_and_counted_but_not_delivered(tmp_path: Path, make_clip: MakeClip) -> None:
+    write_shards(map(make_clip, range(40)), tmp_path, "train", clips_per_shard=40)
+    shards = ShardList.load(tmp_path)
+    tar = shards.paths[0]
+    data = tar.read_bytes()
+    raw = next(read_shard(tar, 7, 1)).members["json"]
+    tar.write_bytes(data.replace(raw, b"{" + b" " * (len(raw) - 1)))
+    source = loader(shards, max_bad_share=0.05)
+    rows = valid_rows(take(source, 2 * source.steps_per_epoch))
+    assert "clip-007" not in {row[1] for row in rows}
+    assert len(rows) == 78
+    assert [(record["shard"], record["key"]) for record in source.bad.records] == [("train-000000.tar", "clip-007")]
+    assert "unusable JSON" in source.bad.records[0]["reason"]
+    strict = loader(shards, max_bad_share=0.01)
+    with pytest.raises(InputError, match=r"1 of 40 samples are bad, over max_bad_share 0\.01.*clip-007"):
+        take(strict, 2 * strict.steps_per_epoch)
+
+
+def test_too_many_bad_samples_stop_a_run_before_the_epoch_ends(tmp_path: Path, make_clip: MakeClip) -> None:
+    write_shards(map(make_clip, range(200)), tmp_path, "train", clips_per_shard=50)
+    for path in sorted(tmp_path.glob("*.tar")):
+        path.write_bytes(b"garbage" * 1000)
+    source = loader(ShardList.load(tmp_path))
+    with pytest.raises(InputError, match=r"32 of 32 samples are bad.*pack the shards again or raise max_bad_share"):
+        take(source, source.steps_per_epoch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 12}, "make micro_batch_size a multiple of 8"),
+        ({"micro_batch_size": 3, "world_size": 2}, r"a global batch of 6 \(3 x 2 ranks\) over 8 lanes.*multiple of 4"),
+        ({"world_size": 3}, "set lanes to a multiple of 3"),
+        ({"micro_batch_size": 0}, "multiple of 8"),
+    ],
+)
+def test_a_geometry_that_does_not_fit_is_refused(shards: ShardList, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        loader(shards, **changes)
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_evaluation_reads_every_clip_once_with_all_its_captions(
+    shards: ShardList, make_clip: MakeClip, world_size: int
+) -> None:
+    keys: list[str] = []
+    for rank in range(world_size):
+        options = {"batch_size": 16, "sample_rate": 8000, "clip_seconds": 0.025}
+        for batch in EvalLoader(shards, rank=rank, world_size=world_size, **options).batches():
+            keys += batch.keys
+            for row, key in enumerate(batch.keys):
+                clip = make_clip(int(key[-3:]))
+                assert batch.captions[row] == list(clip.captions)
+                assert batch.classes[row] == list(clip.classes)
+                assert int(batch.ids[row]) == stable_id(key)
+                np.testing.assert_allclose(batch.audio[row], clip.audio[100:300], atol=1e-4)
+    assert keys == [f"clip-{number:03d}" for number in range(103)]
+
+
+def test_evaluation_can_be_limited_and_skips_bad_samples(corpus: Path, shards: ShardList, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 16, "sample_rate": 8000, "clip_seconds": 0.05}
+    ranks = [EvalLoader(shards, rank=rank, world_size=2, limit=25, **options) for rank in range(2)]
+    assert [sum(len(batch.keys) for batch in rank.batches()) for rank in ranks] == [12, 13]
+    damaged = broken_copy(corpus, tmp_path)
+    whole = EvalLoader(damaged, rank=0, world_size=1, **options)
+    for _ in range(2):
+        read = sum(len(batch.keys) for batch in whole.batches())
+        assert read + whole.bad.count == 103
+        assert whole.bad.count > 10
+    for path in damaged.paths:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="all 103 samples are bad"):
+        list(whole.batches())
+
+
+def test_prefetched_keeps_order_passes_errors_and_stops_when_closed() -> None:
+    made: list[int] = []
+
+    def numbers() -> Any:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    assert list(prefetched(numbers())) == list(range(100))
+    made.clear()
+    stream = prefetched(numbers())
+    assert next(stream) == 0
+    stream.close()
+    assert len(made) <= 5
+
+    def failing() -> Any:
+        yield 1
+        raise InputError("broken")
+
+    stream = prefetched(failing())
+    assert next(stream) == 1
+    with pytest.raises(InputError, match="broken"):
+        next(stream)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.errors import InputError
+
+
+def test_stable_id_is_the_head_of_blake2b() -> None:
+    head = hashlib.blake2b(b"clip-001").digest()[:8]
+    assert stable_id("clip-001") == int.from_bytes(head, "little", signed=True) == 4149812108379707783
+    assert len({stable_id(f"clip-{n}") for n in range(10000)}) == 10000
+
+
+def test_a_list_holds_what_sizes_says(corpus: Path) -> None:
+    shards = ShardList.load(corpus)
+    assert shards.names == tuple(f"train-{n:06d}.tar" for n in range(11))
+    assert shards.counts == (10,) * 10 + (3,)
+    assert shards.clips == 103
+    assert shards.seconds == pytest.approx(103 * 400 / 8000)
+    assert shards.classes == {"class 0": 26, "class 1": 26, "class 2": 26, "class 3": 25}
+
+
+def test_several_folders_add_up_in_the_order_given(corpus: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(corpus, tmp_path / "other")
+    both = ShardList.load([other, corpus])
+    assert both.clips == 206
+    assert both.classes["class 3"] == 50
+    assert [path.parent for path in both.paths] == [other] * 11 + [corpus] * 11
+
+
+def test_the_fingerprint_changes_with_the_content(corpus: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    assert ShardList.load(copy).fingerprint == ShardList.load(corpus).fingerprint
+    change(copy, lambda sizes: sizes["shards"]["train-000000.tar"].update(sha256="other"))
+    assert ShardList.load(copy).fingerprint != ShardList.load(corpus).fingerprint
+
+
+def change(folder: Path, how: Any) -> None:
+    sizes = json.loads((folder / "sizes.json").read_text())
+    how(sizes)
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda sizes: sizes.update(format=2), "format is 2, this version reads 1"),
+        (lambda sizes: sizes.update(shards={}), "no shards are listed"),
+        (lambda sizes: sizes.update(shards=["a.tar"]), "no shards are listed"),
+        (lambda sizes: sizes.update(sample_rate="16k"), "sample_rate is '16k'"),
+        (lambda sizes: sizes.update(classes=None), "classes is not"),
+        (lambda sizes: sizes["shards"].update({"../train-000000.tar": {}}), "not the name of a tar file"),
+        (lambda sizes: sizes["shards"]["train-000000.tar"].update(clips=True), "no whole number of clips"),
+        (lambda sizes: sizes["shards"]["train-000000.tar"].pop("sha256"), "lacks seconds or sha256"),
+        (lambda sizes: sizes["shards"].update({"gone.tar": sizes["shards"]["train-000000.tar"]}), "gone.tar.*missing"),
+    ],
+)
+def test_a_wrong_sizes_json_is_named(corpus: Path, tmp_path: Path, how: Any, message: str) -> None:
+    copy = shutil.copytree(corpus, tmp_path / "copy")
+    change(copy, how)
+    with pytest.raises(InputError, match=message):
+        ShardList.load(copy)
+
+
+def test_missing_folder_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder"):
+        ShardList.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no sizes\.json"):
+        ShardList.load(tmp_path)
+    (tmp_path / "sizes.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        ShardList.load(tmp_path)
+    (tmp_path / "sizes.json").write_text("[]")
+    with pytest.raises(InputError, match="format is 'list'"):
+        ShardList.load(tmp_path)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ask_dist.data.table import read_table
+from ask_dist.errors import InputError
+
+
+def table(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_csv_rows_of_one_file_are_joined(tmp_path: Path) -> None:
+    path = table(tmp_path, "t.csv", "audio,caption,classes\na/x.wav,one,dog; cat\nb.wav,two,\n./a//x.wav,three,dog\n")
+    first, second = read_table(path, "audio", None)
+    assert (first.line, first.audio, first.captions, first.classes) == (2, "a/x.wav", ["one", "three"], ["dog", "cat"])
+    assert (second.captions, second.classes) == (["two"], [])
+
+
+def test_csv_with_numbered_captions_leaves_out_empty_and_repeated_ones(tmp_path: Path) -> None:
+    path = table(
+        tmp_path, "t.csv", '\ufefffile,caption_1,caption_2,caption_3,other\nx.wav,"one, two", ,"one, two",no\n'
+    )
+    (row,) = read_table(path, "file", None)
+    assert row.captions == ["one, two"]
+
+
+def test_jsonl_takes_strings_and_lists(tmp_path: Path) -> None:
+    lines = '{"audio": "x", "captions": ["one", "two"], "class": "dog; cat"}\n\n{"audio": "y", "caption": "three"}\n'
+    first, second = read_table(table(tmp_path, "t.jsonl", lines), "audio", None)
+    assert (first.captions, first.classes) == (["one", "two"], ["dog; cat"])
+    assert (second.line, second.captions) == (3, ["three"])
+
+
+def test_named_caption_columns_are_taken_alone(tmp_path: Path) -> None:
+    path = table(tmp_path, "t.csv", "audio,caption,text\nx,no,yes\n")
+    assert read_table(path, "audio", ["text"])[0].captions == ["yes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.txt", "", "neither .csv nor .jsonl"),
+        ("t.csv", "", "no rows"),
+        ("t.csv", "audio,caption\n", "no rows"),
+        ("t.csv", "file,caption\nx,y\n", "no column audio among file, caption"),
+        ("t.csv", "audio,text\nx,y\n", "no column caption among audio, text"),
+        ("t.jsonl", '{"audio": "x"}\n', "no column caption"),
+        ("t.jsonl", '{"audio": "x", "caption": "y"}\n{"audio"\n', "line 2 is not JSON"),
+        ("t.jsonl", "[1]\n", "line 1 is a list"),
+    ],
+)
+def test_unusable_tables_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_table(table(tmp_path, name, text), "audio", None)
+
+
+def test_missing_and_binary_tables_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        read_table(tmp_path / "t.csv", "audio", None)
+    (tmp_path / "t.csv").write_bytes(b"audio,caption\n\xff\xfe,x\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_table(tmp_path / "t.csv", "audio", None)

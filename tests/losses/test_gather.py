@@ -1,0 +1,187 @@
+"""Gathered losses against one process over the whole batch: gradients, for the value alone does not tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ask_dist.config import Knowledge, Reliability
+from ask_dist.losses.contrastive import contrast_masks, info_nce, weighted_mean
+from ask_dist.losses.gather import GlobalBatch, gather
+from ask_dist.losses.injection import Neighbours
+from ask_dist.losses.objective import AskObjective
+
+PAIRS, DIM = 12, 8
+KNOWLEDGE = Knowledge(start=0.0, temperature=0.2, reliability=Reliability(start=0.0, rank=4, gamma=2.0))
+# The largest and smallest id, and pairs that occur twice; the slots not valid are unequal in number over 2 and 4 ranks.
+IDS = torch.tensor([2**63 - 1, -(2**63), 3, 4, 3, 6, 7, 8, 9, 4, 11, 12])
+VALID = torch.tensor([True, True, True, True, False, True, True, False, False, True, True, False])
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def bank_rows() -> Neighbours:
+    """The same answer for every rank; two of its rows are in the global batch."""
+    ids = torch.arange(100, 120)
+    ids[[2, 5]] = torch.tensor([6, 12])
+    rows = [normalize(random(20, DIM, seed=seed), dim=1) for seed in (1, 2)]
+    prototypes = [(normalize(random(5, DIM, seed=3), dim=1), normalize(random(5, DIM, seed=4), dim=1))]
+    return Neighbours(ids, *rows, age=torch.arange(20.0), prototypes=prototypes)
+
+
+def local_rows(rank: int, world_size: int) -> slice:
+    return slice(rank * PAIRS // world_size, (rank + 1) * PAIRS // world_size)
+
+
+class Towers(nn.Module):
+    """Two linear encoders and a logit scale, in float64 so that a difference is one of method, not of rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.audio, self.text = nn.Linear(5, DIM).double(), nn.Linear(7, DIM).double()
+        self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        audio = normalize(self.audio(random(PAIRS, 5, seed=5)[rows]), dim=1)
+        text = normalize(self.text(random(PAIRS, 7, seed=6)[rows]), dim=1)
+        return audio, text, self.log_scale.exp()
+
+
+def ask_loss(features: tuple[Tensor, Tensor, Tensor], rows: slice, neighbours: Neighbours | None) -> Tensor:
+    objective = AskObjective(KNOWLEDGE, half_life=10.0)
+    return objective(*features, IDS[rows], VALID[rows], neighbours).loss
+
+
+def in_batch_loss(features: tuple[Tensor, Tensor, Tensor], batch: GlobalBatch) -> Tensor:
+    audio, text, scale = features
+    allowed, target = contrast_masks(batch, len(audio))
+    by_audio = info_nce(scale * audio @ batch.text_features.T, allowed, target)
+    by_text = info_nce(scale * text @ batch.audio_features.T, allowed, target)
+    return weighted_mean((by_audio + by_text) / 2, torch.ones(len(audio)), batch)
+
+
+def gather_without_gradient(audio: Tensor, text: Tensor, *labels: Tensor) -> GlobalBatch:
+    """What `gather` must not be: the usual all_gather, through which no gradient returns."""
+    world_size = dist.get_world_size()
+    collected = []
+    for tensor in (audio, text, *labels):
+        parts = [torch.empty_like(tensor) for _ in range(world_size)]
+        dist.all_gather(parts, tensor.detach().contiguous())
+        collected.append(torch.cat(parts))
+    return GlobalBatch(*collected, offset=dist.get_rank() * len(audio), world_size=world_size)
+
+
+def value_and_gradients(case: str, rank: int, world_size: int) -> dict[str, Tensor]:
+    """A case's loss and gradients on one rank, averaged over ranks as DDP and DeepSpeed do."""
+    towers, rows = Towers(), local_rows(rank, world_size)
+    features = towers(rows)
+    labels = (torch.ones(len(features[0])).double(), IDS[rows], VALID[rows])
+    if case == "knowledge":
+        loss = ask_loss(features, rows, bank_rows())
+    elif case == "plain":
+        loss = ask_loss(features, rows, None)
+    elif case == "gathered":
+        loss = in_batch_loss(features, gather(*features[:2], *labels))
+    else:
+        loss = in_batch_loss(features, gather_without_gradient(*features[:2], *labels))
+    loss.backward()
+    results = {"loss": loss.detach()} | {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
+    if world_size > 1:
+        for tensor in results.values():
+            dist.all_reduce(tensor)
+            tensor /= world_size
+    return results
+
+
+def one_late_answer(rank: int) -> dict[str, Any]:
+    """Rank 0 has the bank's answer, the others do not."""
+    features, rows = Towers()(local_rows(rank, dist.get_world_size())), local_rows(rank, dist.get_world_size())
+    objective = AskObjective(KNOWLEDGE, half_life=10.0)
+    output = objective(*features, IDS[rows], VALID[rows], bank_rows() if rank == 0 else None)
+    return {
+        "used": output.knowledge_used,
+        "terms": sorted(output.terms),
+        "loss": output.loss.detach(),
+        "known": int((output.batch.reliability >= 0).sum()),
+    }
+
+
+def batch_of_rank(rank: int) -> dict[str, Any]:
+    rows = local_rows(rank, dist.get_world_size())
+    features = Towers()(rows)
+    batch = gather(*features[:2], torch.arange(PAIRS)[rows].double(), IDS[rows], VALID[rows])
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in vars(batch).items()}
+
+
+def work(rank: int) -> dict[str, Any]:
+    cases = ("knowledge", "plain", "gathered", "without gradient")
+    results: dict[str, Any] = {case: value_and_gradients(case, rank, dist.get_world_size()) for case in cases}
+    return results | {"late": one_late_answer(rank), "batch": batch_of_rank(rank)}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks(work, request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def differences(ranks: list[dict[str, Any]], case: str, reference: str) -> dict[str, float]:
+    """The largest absolute difference to one process, by name; every rank must hold the same average."""
+    wanted = value_and_gradients(reference, 0, 1)
+    for other in ranks[1:]:
+        torch.testing.assert_close(other[case], ranks[0][case])
+    return {name: float((ranks[0][case][name] - tensor).abs().max()) for name, tensor in wanted.items()}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("case", ["plain", "knowledge"])
+def test_gradients_are_those_of_one_process(ranks, case):
+    found = differences(ranks, case, case)
+    assert set(found) == {"loss", "log_scale", "audio.weight", "audio.bias", "text.weight", "text.bias"}
+    assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.multiprocess
+def test_the_same_check_sees_a_gather_without_gradient(ranks):
+    assert max(differences(ranks, "gathered", "gathered").values()) < 1e-6
+    found = differences(ranks, "without gradient", "gathered")
+    assert found["loss"] < 1e-6  # the value is right all the same
+    assert found["audio.weight"] > 1e-3
+
+
+@pytest.mark.multiprocess
+def test_a_late_answer_on_one_rank_neither_blocks_nor_breaks_the_step(ranks):
+    late = [rank["late"] for rank in ranks]
+    assert [answer["used"] for answer in late] == [True] + [False] * (len(ranks) - 1)
+    assert late[0]["terms"] == ["coarse", "consistency", "contrast"]
+    assert late[1]["terms"] == ["contrast"]
+    assert all(torch.isfinite(answer["loss"]) for answer in late)
+    assert all(answer["known"] == PAIRS // len(ranks) for answer in late)
+
+
+@pytest.mark.multiprocess
+def test_every_rank_sees_the_global_batch_in_rank_order(ranks):
+    audio, text, _ = Towers()(slice(0, PAIRS))
+    for rank, results in enumerate(ranks):
+        batch = results["batch"]
+        torch.testing.assert_close(batch["audio_features"], audio.detach())
+        torch.testing.assert_close(batch["text_features"], text.detach())
+        assert batch["reliability"].tolist() == list(range(PAIRS))
+        assert batch["ids"].tolist() == IDS.tolist()
+        assert batch["valid"].tolist() == VALID.tolist()
+        assert (batch["offset"], batch["world_size"]) == (rank * PAIRS // len(ranks), len(ranks))
+
+
+def test_without_torch_distributed_the_local_batch_is_the_global_one():
+    audio, text, _ = Towers()(slice(0, PAIRS))
+    batch = gather(audio, text, torch.ones(PAIRS), IDS, VALID)
+    assert batch.audio_features is audio
+    assert (batch.offset, batch.world_size) == (0, 1)

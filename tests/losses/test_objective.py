@@ -1,0 +1,213 @@
+"""The whole objective against a slow loop, its gates, and its behaviour at the edges."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ask_dist.config import Knowledge, Reliability
+from ask_dist.losses.injection import Neighbours
+from ask_dist.losses.objective import AskObjective, ObjectiveOutput
+
+HALF_LIFE = 10.0
+IDS = torch.tensor([1, 2, 3, 2, 5, 6])
+VALID = torch.tensor([True, True, True, True, False, True])
+ALWAYS = Reliability(start=0.0, rank=4)
+
+
+def unit(rows: int, seed: int, dim: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1)
+
+
+def bank_rows(rows: int = 12) -> Neighbours:
+    """Row 2 is a pair of the batch."""
+    ids = torch.arange(100, 100 + rows)
+    ids[2:3] = 3
+    return Neighbours(ids, unit(rows, 1), unit(rows, 2), torch.arange(float(rows)), [(unit(3, 3), unit(3, 4))])
+
+
+def run(knowledge: Knowledge, neighbours: Neighbours | None, **arguments: Any) -> ObjectiveOutput:
+    objective = AskObjective(knowledge, HALF_LIFE)
+    return objective(unit(6, 5), unit(6, 6), torch.tensor(4.0), IDS, VALID, neighbours, **arguments)
+
+
+def softmax(values: list[float]) -> list[float]:
+    exponentials = [math.exp(value - max(values)) for value in values]
+    return [value / sum(exponentials) for value in exponentials]
+
+
+def divergence(p: list[float], q: list[float]) -> float:
+    total = 0.0
+    for x in (p, q):
+        total += sum(a * math.log(2 * a / (b + c)) for a, b, c in zip(x, p, q, strict=True) if a > 0) / 2
+    return total
+
+
+def agreement(query_a: Tensor, query_t: Tensor, audio: Tensor, text: Tensor, temperature: float) -> float:
+    parts = []
+    for rows in (audio, text):
+        by_query = [softmax([float(query @ row) / temperature for row in rows]) for query in (query_a, query_t)]
+        parts.append(divergence(*by_query))
+    return sum(parts) / 2
+
+
+def slow_reliability(query: Tensor, rows: Tensor, rank: int, shape: float) -> list[float]:
+    similarities = [float(query @ row) for row in rows]
+    ordered = sorted(similarities, reverse=True)
+    temperature = (ordered[0] - ordered[rank - 1]) / shape
+    return softmax([value / temperature for value in similarities])
+
+
+def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> dict[str, float]:
+    """The objective with every gate open, pair by pair."""
+    audio, text = unit(6, 5), unit(6, 6)
+    trust = knowledge.reliability
+    r = []
+    for a, t in zip(audio, text, strict=True):
+        p, q = (slow_reliability(x, rows, trust.rank, trust.shape) for x, rows in ((a, known.audio), (t, known.text)))
+        r.append(1 - divergence(p, q) / math.log(2.0))
+    rows = [i for i in range(6) if VALID[i]]
+    mean = sum(r[i] for i in rows) / len(rows)
+    powers = {i: (r[i] / mean) ** trust.gamma for i in rows}
+    weights = {i: len(rows) * powers[i] / sum(powers.values()) for i in rows}
+
+    def contrast(i: int, queries: Tensor, keys: Tensor, bank: Tensor) -> float:
+        others = [j for j in range(6) if j == i or (VALID[j] and IDS[j] != IDS[i])]
+        inside = sum(math.exp(scale * float(queries[i] @ keys[j])) for j in others)
+        outside = sum(
+            0.5 ** (float(known.age[j]) / HALF_LIFE) * math.exp(scale * float(queries[i] @ bank[j]))
+            for j in range(len(known))
+            if known.ids[j] not in IDS
+        )
+        positive = scale * float(queries[i] @ keys[i])
+        share = knowledge.contrast_weight
+        return (1 - share) * (math.log(inside) - positive) + share * (math.log(inside + outside) - positive)
+
+    terms = {"contrast": 0.0, "consistency": 0.0, "coarse": 0.0}
+    (coarse_audio, coarse_text), temperature = known.prototypes[0], knowledge.temperature
+    for i in rows:
+        both = contrast(i, audio, text, known.text) + contrast(i, text, audio, known.audio)
+        terms["contrast"] += weights[i] * both / 2 / len(rows)
+        fine = agreement(audio[i], text[i], known.audio, known.text, temperature)
+        terms["consistency"] += knowledge.consistency_weight * weights[i] * fine / len(rows)
+        coarse = agreement(audio[i], text[i], coarse_audio, coarse_text, temperature)
+        terms["coarse"] += knowledge.coarse_weight * weights[i] * coarse / len(rows)
+    return terms
+
+
+@pytest.mark.parametrize("contrast_weight", [1.0, 0.3])
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_agrees_with_a_loop_over_pairs(contrast_weight, gamma):
+    trust = Reliability(start=0.0, rank=4, gamma=gamma)
+    knowledge = Knowledge(start=0.0, temperature=0.2, contrast_weight=contrast_weight, reliability=trust)
+    output, wanted = run(knowledge, bank_rows()), slow_loss(knowledge, bank_rows())
+    assert output.knowledge_used
+    assert {name: float(term) for name, term in output.terms.items()} == pytest.approx(wanted, rel=1e-6)
+    assert output.loss.item() == pytest.approx(sum(wanted.values()), rel=1e-6)
+
+
+def test_reliability_is_told_for_every_local_pair():
+    reliability = run(Knowledge(reliability=ALWAYS), bank_rows()).reliability
+    assert reliability.shape == (6,)
+    assert ((reliability >= 0) & (reliability <= 1)).all()
+    assert run(Knowledge(reliability=ALWAYS), None).reliability.tolist() == [-1.0] * 6
+    assert run(Knowledge(), bank_rows(31)).reliability.tolist() == [-1.0] * 6  # fewer rows than rank
+
+
+def plain_loss() -> float:
+    return run(Knowledge(enabled=False), None).loss.item()
+
+
+@pytest.mark.parametrize("neighbours", [None, bank_rows(0)], ids=["late", "empty"])
+def test_without_an_answer_the_loss_is_the_plain_one_exactly(neighbours):
+    output = run(Knowledge(start=0.0, reliability=ALWAYS), neighbours)
+    assert output.loss.item() == plain_loss()
+    assert list(output.terms) == ["contrast"]
+    assert not output.knowledge_used
+
+
+def test_before_its_gates_the_loss_is_the_plain_one_exactly():
+    knowledge = Knowledge(start=0.5, reliability=Reliability(start=0.4, rank=4))
+    assert run(knowledge, bank_rows(), progress=0.3999).loss.item() == plain_loss()
+    assert not run(knowledge, bank_rows(), progress=0.3999).knowledge_used
+
+
+def test_each_gate_opens_at_its_own_share():
+    knowledge = Knowledge(start=0.5, reliability=Reliability(start=0.4, rank=4))
+    weighted = run(knowledge, bank_rows(), progress=0.4)
+    assert list(weighted.terms) == ["contrast"]
+    assert weighted.loss.item() != plain_loss()
+    assert list(run(knowledge, bank_rows(), progress=0.5).terms) == ["contrast", "consistency", "coarse"]
+
+
+def test_switched_off_knowledge_leaves_the_plain_loss_whatever_the_bank_says():
+    output = run(Knowledge(enabled=False, start=0.0, reliability=ALWAYS), bank_rows())
+    assert output.loss.item() == plain_loss()
+    assert not output.knowledge_used
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"consistency_weight": 0.0}, ["contrast", "coarse"]),
+        ({"coarse_weight": 0.0}, ["contrast", "consistency"]),
+        ({"consistency_weight": 0.0, "coarse_weight": 0.0}, ["contrast"]),
+    ],
+)
+def test_a_weight_of_zero_leaves_its_term_out(settings, names):
+    assert list(run(Knowledge(start=0.0, **settings), bank_rows()).terms) == names
+
+
+def test_a_bank_without_prototypes_has_no_coarse_term():
+    known = bank_rows()
+    without = Neighbours(known.ids, known.audio, known.text, known.age)
+    assert list(run(Knowledge(start=0.0), without).terms) == ["contrast", "consistency"]
+
+
+def test_contrast_weight_0_ignores_the_banks_rows_as_negatives():
+    trust = Reliability(enabled=False)
+    knowledge = Knowledge(start=0.0, contrast_weight=0, consistency_weight=0, coarse_weight=0, reliability=trust)
+    assert run(knowledge, bank_rows()).loss.item() == plain_loss()
+
+
+def test_gradients_are_finite_and_none_comes_from_an_invalid_row():
+    audio, text = unit(6, 5).requires_grad_(), unit(6, 6).requires_grad_()
+    scale = torch.tensor(100.0, requires_grad=True)
+    AskObjective(Knowledge(start=0.0, reliability=ALWAYS))(audio, text, scale, IDS, VALID, bank_rows()).loss.backward()
+    for gradient in (audio.grad, text.grad, scale.grad):
+        assert gradient is not None
+        assert torch.isfinite(gradient).all()
+    for gradient in (audio.grad, text.grad):
+        assert (gradient[~VALID] == 0).all()
+        assert (gradient[VALID].norm(dim=1) > 0).all()
+
+
+def test_the_bank_gets_no_gradient_and_reaches_beyond_the_batch():
+    audio, text = unit(3, 5, dim=16).requires_grad_(), unit(3, 6, dim=16)
+    known = Neighbours(torch.arange(100, 112), unit(12, 1, dim=16), unit(12, 2, dim=16), torch.zeros(12))
+    span = torch.linalg.qr(torch.cat([audio.detach(), text]).T).Q
+
+    def outside(neighbours: Neighbours | None) -> float:
+        (gradient,) = torch.autograd.grad(
+            AskObjective(Knowledge(start=0.0))(audio, text, torch.tensor(4.0), IDS[:3], None, neighbours).loss, audio
+        )
+        return float((gradient - gradient @ span @ span.T).norm() / gradient.norm())
+
+    assert outside(None) < 1e-6  # the gradient locality bottleneck
+    assert outside(known) > 0.1
+    assert not known.audio.requires_grad
+
+
+def test_a_batch_of_invalid_rows_alone_costs_nothing():
+    audio = unit(2, 5).requires_grad_()
+    none = torch.zeros(2, dtype=torch.bool)
+    loss = AskObjective(Knowledge(start=0.0))(audio, unit(2, 6), torch.tensor(4.0), IDS[:2], none, bank_rows()).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (audio.grad == 0).all()

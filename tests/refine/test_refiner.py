@@ -1,0 +1,193 @@
+"""The refiner against a real bank whose workers re-encode some of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.errors import InputError
+from ask_dist.evaluate.drift import mean_drift
+from ask_dist.refine.refiner import STRATEGIES, Refiner, corrected_rows
+from ask_dist.refine.strategies import Settings
+
+ROWS = 900
+QUICK = Settings(steps=40, hidden=32)
+
+
+class Run:
+    """A bank of `ROWS` pairs, and encoders that move a little with every call of `reencode`."""
+
+    def __init__(self, rows: Callable, drift: Callable, rng: np.random.Generator) -> None:
+        self.audio, self.text, self.ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
+        self.first = self.audio  # what a bank without a refiner would hold of rows that nobody re-encodes
+        self.drift, self.rng, self.step = drift, rng, 0
+        self.bank = KnowledgeBank(self.audio.shape[1], ROWS)
+        self.bank.upsert(self.ids, self.audio, self.text, None, 0)
+
+    def reencode(self, count: int, within: int = ROWS, amount: float = 0.2) -> np.ndarray:
+        self.step += 10
+        self.audio, self.text = self.drift(self.audio, amount), self.drift(self.text, amount)
+        chosen = self.rng.choice(within, count, replace=False)
+        self.bank.upsert(chosen, self.audio[chosen], self.text[chosen], None, self.step)
+        return chosen
+
+    def drift_of(self, rows: np.ndarray) -> float:
+        now = self.bank.snapshot()
+        return mean_drift(
+            np.concatenate([now.audio, now.text], 1)[rows], np.concatenate([self.audio, self.text], 1)[rows]
+        )
+
+
+@pytest.fixture
+def run(rows, drift, rng) -> Run:
+    return Run(rows, drift, rng)
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"none"}))
+def test_rows_that_nobody_reencoded_follow(run, strategy):
+    refiner = Refiner(strategy, settings=QUICK)
+    assert refiner.refine(run.bank.snapshot()) == (None, None)
+    fresh = run.reencode(400)
+    others = np.setdiff1d(run.ids, fresh)
+    before, snapshot = run.drift_of(others), run.bank.snapshot()
+    commit, report = refiner.refine(snapshot)
+    result = run.bank.commit(commit)
+    assert (result.applied, result.skipped) == (500, 0)
+    assert run.drift_of(others) < 0.6 * before
+    assert run.drift_of(fresh) < 1e-5
+    np.testing.assert_array_equal(commit.ids, others)
+    assert commit.frame == 10
+    assert (report.generation, report.fresh, report.stale) == (1, 400, 500)
+    assert report.drift_before_audio == pytest.approx(before, rel=0.3)
+    assert report.drift_after_audio < 0.6 * report.drift_before_audio
+    assert report.overlap_after_text > report.overlap_before_text
+
+
+def test_generations_chain(run):
+    refiner = Refiner("gnn", settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    untouched = run.ids[600:]
+    for generation in range(1, 6):
+        run.reencode(300, within=600)
+        commit, report = refiner.refine(run.bank.snapshot())
+        assert run.bank.commit(commit).generation == report.generation == generation
+    assert run.drift_of(untouched) < 0.3 * mean_drift(run.first[untouched], run.audio[untouched])
+    assert run.bank.metrics()["bank/staleness"] == 0
+
+
+def test_a_fixed_anchor_corrects_only_rows_that_were_never_reencoded(run):
+    refiner = Refiner("linear", anchor="first", settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    corpus, reencoded = run.ids[600:], set()
+    for _ in range(4):
+        reencoded |= set(run.reencode(300, within=600).tolist())
+        commit, _ = refiner.refine(run.bank.snapshot())
+        run.bank.commit(commit)
+        assert set(commit.ids.tolist()) == set(run.ids.tolist()) - reencoded
+    assert run.drift_of(corpus) < 0.3 * mean_drift(run.first[600:], run.audio[600:])
+
+
+def test_a_row_reencoded_meanwhile_is_not_overwritten(run):
+    refiner = Refiner("linear", settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    run.reencode(400)
+    commit, _ = refiner.refine(run.bank.snapshot())
+    meanwhile = run.reencode(300)
+    result = run.bank.commit(commit)
+    assert result.skipped == len(np.intersect1d(commit.ids, meanwhile)) > 0
+    assert run.drift_of(meanwhile) < 1e-5
+    run.reencode(200)
+    commit, report = refiner.refine(run.bank.snapshot())
+    assert report.applied_audio  # those rows are ordinary fresh rows of the next generation
+
+
+def test_too_few_fresh_rows_gather(run):
+    refiner = Refiner("linear", minimum_fresh=250, settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    run.reencode(200)
+    assert refiner.refine(run.bank.snapshot()) == (None, None)
+    run.reencode(200)
+    commit, report = refiner.refine(run.bank.snapshot())
+    assert commit is not None
+    assert report.fresh > 250
+
+
+def test_rows_that_come_later_join(run, rows):
+    bank = KnowledgeBank(run.audio.shape[1], ROWS)
+    refiner = Refiner("linear", settings=QUICK)
+    assert refiner.refine(bank.snapshot()) == (None, None)
+    for start in range(0, ROWS, 300):
+        part = slice(start, start + 300)
+        bank.upsert(run.ids[part], run.audio[part], run.text[part], None, start // 300)
+        assert refiner.refine(bank.snapshot()) == (None, None)
+    run.bank, run.step = bank, 10
+    fresh = run.reencode(400)
+    commit, _ = refiner.refine(bank.snapshot())
+    np.testing.assert_array_equal(commit.ids, np.setdiff1d(run.ids, fresh))
+
+
+def test_a_correction_that_helps_nobody_is_not_committed(run, rng):
+    refiner = Refiner("knn_mean", settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    chosen = np.arange(400)
+    run.step = 10
+    swapped = run.audio[rng.permutation(400)]  # nothing to learn: a strategy that saw the measured rows would shine
+    run.bank.upsert(chosen, swapped, run.drift(run.text)[:400], None, 10)
+    commit, report = refiner.refine(run.bank.snapshot())
+    assert report.drift_after_text < report.drift_before_text
+    assert report.applied_text
+    if report.applied_audio:  # random pairs shrink towards their mean, which may look like a gain but never like a fit
+        assert report.drift_after_audio > 0.3 * report.drift_before_audio
+    else:
+        np.testing.assert_array_equal(commit.audio, run.bank.snapshot().audio[400:])
+
+
+def test_the_baseline_measures_and_commits_nothing(run):
+    refiner = Refiner("none", settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    drifts = []
+    for _ in range(2):
+        run.reencode(400)
+        commit, report = refiner.refine(run.bank.snapshot())
+        assert commit is None
+        assert not report.applied_audio
+        assert report.drift_after_audio == report.drift_before_audio
+        drifts.append(report.drift_before_audio)
+    assert drifts[1] > drifts[0]  # its source stays the beginning
+
+
+@pytest.mark.parametrize("strategy", ["linear", "gnn"])
+def test_state_round_trip(run, strategy):
+    refiner, again = Refiner(strategy, settings=QUICK), Refiner(strategy, settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    run.reencode(400)
+    run.bank.commit(refiner.refine(run.bank.snapshot())[0])
+    again.load_state(refiner.state())
+    run.reencode(400)
+    expected, resumed = refiner.refine(run.bank.snapshot())[0], again.refine(run.bank.snapshot())[0]
+    for name in ("ids", "audio", "text", "versions"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(expected, name))
+    fresh_start = Refiner(strategy, settings=QUICK)
+    fresh_start.load_state(Refiner(strategy, settings=QUICK).state())
+    assert fresh_start.refine(run.bank.snapshot()) == (None, None)
+
+
+def test_corrected_rows_are_what_the_bank_then_holds(run):
+    refiner = Refiner("linear", settings=QUICK)
+    refiner.refine(run.bank.snapshot())
+    run.reencode(400)
+    snapshot = run.bank.snapshot()
+    commit, _ = refiner.refine(snapshot)
+    run.bank.commit(commit)
+    audio, text = corrected_rows(snapshot, commit)
+    np.testing.assert_allclose(audio, run.bank.snapshot().audio, atol=1e-3)
+    np.testing.assert_allclose(text, run.bank.snapshot().text, atol=1e-3)
+    np.testing.assert_array_equal(corrected_rows(snapshot, None)[0], snapshot.audio.astype(np.float32))
+
+
+def test_an_unknown_strategy_is_an_input_error():
+    with pytest.raises(InputError, match="choose one of none, linear"):
+        Refiner("magic")

@@ -1,0 +1,85 @@
+"""Every strategy on a drift that a linear map follows in part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ask_dist.evaluate.drift import mean_drift, neighbour_overlap
+from ask_dist.refine.gnn import Gnn
+from ask_dist.refine.refiner import STRATEGIES
+from ask_dist.refine.strategies import RIDGE, Mlp, Settings, Task, linear_map
+
+KNOWN, WANTED = 800, 600
+
+
+@pytest.fixture
+def task_and_truth(rows, drift) -> tuple[Task, np.ndarray]:
+    known, wanted = rows(KNOWN), rows(WANTED)
+    return Task(known, drift(known), wanted), drift(wanted)
+
+
+def test_each_strategy_corrects_rows_it_never_saw(task_and_truth):
+    task, truth = task_and_truth
+    moved = {name: kind(Settings(steps=200)).fit_apply(task) for name, kind in STRATEGIES.items()}
+    drift = {name: mean_drift(values, truth) for name, values in moved.items()}
+    overlap = {name: neighbour_overlap(values, truth) for name, values in moved.items()}
+    np.testing.assert_array_equal(moved["none"], task.wanted)
+    assert drift["gnn"] < drift["mlp"] < drift["linear"] < 0.5 * drift["none"]
+    assert drift["knn_mean"] < drift["linear"]
+    assert overlap["gnn"] > overlap["mlp"] > overlap["linear"]
+    assert overlap["gnn"] > overlap["none"]
+    for name in ("linear", "knn_mean", "mlp", "gnn"):
+        np.testing.assert_allclose(np.linalg.norm(moved[name], axis=1), 1, atol=1e-5)
+
+
+def test_the_linear_map_solves_its_ridge_problem(rows, drift):
+    known = rows(100)
+    task = Task(known, drift(known), known)
+    move, dim = linear_map(task), known.shape[1]
+    shift = move(np.zeros((1, dim), np.float32))
+    weight = move(np.eye(dim, dtype=np.float32)) - np.eye(dim) - shift
+    error = move(known) - task.fresh
+    np.testing.assert_allclose(error.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(known.T @ error + RIDGE * weight, 0, atol=1e-4)
+
+
+def test_a_common_shift_is_no_matter_of_the_ridge(rows):
+    known = rows(10)
+    moved = linear_map(Task(known, known + 0.5, known))(known)
+    np.testing.assert_allclose(moved, known + 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Mlp, Gnn])
+def test_networks_go_on_from_their_state(task_and_truth, kind):
+    task, _ = task_and_truth
+    settings = Settings(steps=20)
+    first, second = kind(settings), kind(settings)
+    first.fit_apply(task)
+    second.load_state(first.state())
+    assert first.state().keys() == second.state().keys()
+    np.testing.assert_array_equal(first.fit_apply(task), second.fit_apply(task))
+    assert not np.array_equal(kind(settings).fit_apply(task), second.fit_apply(task))
+
+
+@pytest.mark.parametrize("name", ["mlp", "gnn"])
+def test_going_on_is_better_than_starting_anew(task_and_truth, name):
+    task, truth = task_and_truth
+    strategy = STRATEGIES[name](Settings(steps=40))
+    drifts = [mean_drift(strategy.fit_apply(task), truth) for _ in range(3)]
+    assert drifts[2] < drifts[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "gnn"])
+def test_early_stopping_leaves_noise_alone(rows, rng, name):
+    known, wanted = rows(300), rows(100)
+    task = Task(known, known + rng.normal(size=known.shape).astype(np.float32), wanted)
+    moved = STRATEGIES[name](Settings(steps=200)).fit_apply(task)
+    overfitted = mean_drift(moved, linear_map(task)(wanted))
+    assert overfitted < 0.1  # half the neighbours' mean at most, which is small; a fitted network is far away
+
+
+def test_no_rows_wanted_is_an_empty_answer(rows, drift):
+    known = rows(100)
+    for kind in STRATEGIES.values():
+        assert kind(Settings(steps=2)).fit_apply(Task(known, drift(known), known[:0])).shape == (0, known.shape[1])
