@@ -115,7 +115,7 @@ def start_actors(config: Config) -> dict[str, Any]:
     from ask_dist.refine.actor import RemoteRefineActor
 
     refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus).remote(
-        bank, config.refine.model_dump(), prototypes=list(config.bank.prototypes), seed=config.seed
+        bank, prototypes=config.bank.prototypes, seed=config.seed, **config.refine.model_dump()
     )
     return {"bank": bank, "refiner": refiner}
 

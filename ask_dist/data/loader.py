@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ask_dist.data.audio import BadSample, fit_length
 from ask_dist.data.order import Order, lanes_of
+from ask_dist.data.prefetch import prefetched
 from ask_dist.data.samples import Raw, open_clip, read_shard
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 
 FEW_BAD = 20  # so many must be bad before an epoch is over, lest one early bad clip stop a run
 NO_ID = -1
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -371,43 +368,3 @@ class EvalLoader:
                 self.bad.note(1, [])
                 yield raw, torch.from_numpy(fit_length(audio, self._samples, None)), description
             start += count
-
-
-def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
-    """The same items, made up to `depth` ahead by a thread; errors come out where the item would have."""
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(kind: str, value: Any) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put((kind, value), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put("item", item)
-                if stopped.is_set():
-                    return
-            put("end", None)
-        except BaseException as error:
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="loader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        with suppress(queue.Empty):  # make room, so that the thread sees at once that it can stop
-            while True:
-                ready.get_nowait()
-        thread.join()

@@ -36,7 +36,8 @@ class ObjectiveOutput:
 class AskObjective:
     """Adaptive Self-improving Knowledge as a loss (our reading of arXiv 2512.19703, see docs/method.md).
 
-    Without neighbours, or before the gate, it is the plain symmetric InfoNCE over the global batch.
+    Without neighbours, before its gates or with knowledge.enabled false, it is the plain symmetric InfoNCE over the
+    global batch.
 
     Args:
         knowledge: weights, temperatures and gates.
@@ -95,7 +96,7 @@ class AskObjective:
 
     def _weights(self, batch: GlobalBatch, local: int, progress: float) -> Tensor:
         settings = self.knowledge.reliability
-        if not settings.enabled or progress < settings.start:
+        if not (self.knowledge.enabled and settings.enabled) or progress < settings.start:
             return torch.ones(local, device=batch.reliability.device)
         weights = reliability_weights(batch.reliability, batch.valid, settings.gamma)
         return weights[batch.offset : batch.offset + local]

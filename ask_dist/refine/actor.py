@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imports torch and torch-geometric, which cost seconds: the 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 5  # in a row
-FIRST_PAUSE = 0.25  # seconds, doubled by each failure in a row
+FIRST_PAUSE = 0.1  # seconds, doubled by each failure in a row
 NICENESS = 10
 
 

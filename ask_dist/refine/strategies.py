@@ -15,7 +15,7 @@ from ask_dist.refine.graph import nearest
 
 RIDGE = 0.1
 BATCH = 256
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 1e-2
 CHECK_EVERY = 20  # optimizer steps between looks at the rows held out for early stopping
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -68,7 +69,7 @@ def save(
     """
     save_file(engine, folder / ENGINE)
     for name, arrays in actors.items():
-        save_arrays({key: np.ascontiguousarray(value) for key, value in arrays.items()}, folder / f"{name}.safetensors")
+        save_arrays({key: np.asarray(value, order="C") for key, value in arrays.items()}, folder / f"{name}.safetensors")
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     manifest = Manifest(global_step, samples_seen, lineage, digests)
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
@@ -81,10 +82,13 @@ def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
         InputError: no manifest, a damaged file, or a checkpoint of another configuration or corpus.
     """
     try:
-        fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest = Manifest(**fields)
-    except (OSError, ValueError, TypeError) as error:
+        manifest = TypeAdapter(Manifest).validate_json((folder / MANIFEST).read_bytes())
+    except OSError as error:
         raise InputError(f"{folder} is no checkpoint of this program: {error}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or MANIFEST
+        raise InputError(f"{folder} is no checkpoint of this program: {where}: {problem['msg']}") from None
     if manifest.format != FORMAT:
         raise InputError(f"{folder} has checkpoint format {manifest.format}, this version reads {FORMAT}")
     if manifest.lineage != expected_lineage:
@@ -92,6 +96,8 @@ def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
             f"{folder} is a checkpoint from another configuration: model, batch, knowledge, seed or training shards "
             "differ; restore them or choose another name=..."
         )
+    if ENGINE not in manifest.sha256:
+        raise InputError(f"{folder} has a manifest without {ENGINE}; remove {folder}")
     for name, digest in manifest.sha256.items():
         path = folder / Path(name).name
         if not path.is_file() or _sha256(path) != digest:

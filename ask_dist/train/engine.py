@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ask_dist.config import Optimization
@@ -115,23 +116,16 @@ class Engine:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Takes what `state` gave, on any world_size and ZeRO stage. A collective."""
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.global_step = int(state["global_step"])
         for name, parameter in self.module.named_parameters():
-            weights = state[f"model.{name}"].to(self.device)
-            if not (hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")):
-                parameter.data.copy_(weights)
-                if parameter.requires_grad:
-                    moments = {moment: state[f"{moment}.{name}"].to(self.device) for moment in MOMENTS}
-                    self._optimizer().state[parameter] = {"step": state["updates"].float().clone(), **moments}
-                continue
-            safe_set_full_fp32_param(parameter, weights)
             # The copy that the forward pass reads lies beside the optimizer's: whole in ZeRO 1 and 2, partitioned in 3.
             with GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-                parameter.data.copy_(weights)
-            for moment in MOMENTS if parameter.requires_grad else ():
-                safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(self.device), moment)
+                parameter.data.copy_(state[f"model.{name}"])
+            if parameter.requires_grad:
+                self._set_full(parameter, None, state[f"model.{name}"])
+                for moment in MOMENTS:
+                    self._set_full(parameter, moment, state[f"{moment}.{name}"])
         for entry in self._optimizer().state.values():
             entry["step"] = state["updates"].float().clone()
         for name, buffer in self.module.named_buffers():
@@ -157,16 +151,41 @@ class Engine:
             outer._hp_optimizer_states_linked = True
 
     def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        """The optimizer's fp32 copy of a parameter (of a frozen one the weights), or one of its moments."""
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if moment is None:
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            full = parameter if full is None else full
-        else:
+        if moment is not None:
             full = safe_get_full_optimizer_state(parameter, moment)
             if full is None:  # ZeRO 0: nothing is partitioned
                 full = self._optimizer().state[parameter][moment]
-        return full.detach().float().cpu().reshape(parameter.shape).clone().contiguous()
+        else:
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if full is None:
+                with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    full = parameter.detach().clone()
+        return full.detach().float().cpu().clone().contiguous()
+
+    def _set_full(self, parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+        """Writes what `_full` gave; each rank keeps its part."""
+        from deepspeed import utils
+
+        value = value.to(self.device)
+        if hasattr(parameter, "ds_id"):
+            # DeepSpeed 0.19.8 sets no whole tensor that the ranks can't share evenly, so each sets its padded part.
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            part = padded.narrow(0, size * dist.get_rank(), size)
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, moment)
+        elif moment is not None and not hasattr(parameter, "_hp_mapping"):  # ZeRO 0
+            self._optimizer().state[parameter][moment].copy_(value)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """The AdamW inside DeepSpeed's wrappers."""

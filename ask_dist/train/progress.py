@@ -20,7 +20,8 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset = path.stat().st_size if path.is_file() else 0
+        # A killed run's half row at the end does not count: the resumed run cuts it off before it appends.
+        self._offset = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
 
     def rows(self) -> Iterator[dict[str, float]]:
         """The complete rows since the last call."""

@@ -20,6 +20,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, elapsed: float = 0.0) -> None:
+        _drop_cut_line(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the length of the run)
         self._start = time.monotonic() - elapsed
 
@@ -44,6 +45,13 @@ def last_time(path: Path) -> float:
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be cut
     return 0.0
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Removes what follows the last line end: a killed run's half row, which the next row would be glued to."""
+    if path.is_file():
+        with open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class StageClock:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ask_dist.data.loader import Batch, EvalLoader, TrainLoader, prefetched
+from ask_dist.data.loader import Batch, EvalLoader, TrainLoader
 from ask_dist.data.pack import write_shards
 from ask_dist.data.samples import read_shard
 from ask_dist.data.shards import Clip, ShardList, stable_id
@@ -91,7 +91,7 @@ def test_a_batch_without_any_valid_sample_is_zeros(tmp_path: Path, make_clip: Ma
     assert batch.captions == ["", ""]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 1000), lanes=st.sampled_from([8, 16]), window=st.integers(1, 40), size=st.sampled_from([16, 48])
 )
@@ -156,16 +156,14 @@ def test_captions_and_crops_are_drawn_anew_each_epoch(shards: ShardList) -> None
 
 @pytest.mark.multiprocess
 def test_decoding_processes_give_the_same_batches(shards: ShardList) -> None:
-    start = 5
-    expected = take(loader(shards, lanes=6, micro_batch_size=12), 6, start)
-    for batch, other in zip(
-        take(loader(shards, lanes=6, micro_batch_size=12, processes=4), 6, start), expected, strict=True
-    ):
+    geometry = {"lanes": 3, "micro_batch_size": 12}  # two processes share three lanes unequally
+    expected = take(loader(shards, **geometry), 6, 5)
+    for batch, other in zip(take(loader(shards, processes=2, **geometry), 6, 5), expected, strict=True):
         assert_same(batch, other)
 
 
 def broken_copy(corpus: Path, folder: Path) -> ShardList:
-    """The corpus with one shard cut in two, one of garbage, and one with a silent clip and a clip without words."""
+    """The corpus with one shard cut in two and one of garbage."""
     copy = shutil.copytree(corpus, folder / "broken")
     cut = copy / "train-000003.tar"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -269,28 +267,3 @@ def test_evaluation_can_be_limited_and_skips_bad_samples(corpus: Path, shards: S
         path.write_bytes(b"")
     with pytest.raises(InputError, match="all 103 samples are bad"):
         list(whole.batches())
-
-
-def test_prefetched_keeps_order_passes_errors_and_stops_when_closed() -> None:
-    made: list[int] = []
-
-    def numbers() -> Any:
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    assert list(prefetched(numbers())) == list(range(100))
-    made.clear()
-    stream = prefetched(numbers())
-    assert next(stream) == 0
-    stream.close()
-    assert len(made) <= 5
-
-    def failing() -> Any:
-        yield 1
-        raise InputError("broken")
-
-    stream = prefetched(failing())
-    assert next(stream) == 1
-    with pytest.raises(InputError, match="broken"):
-        next(stream)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -16,6 +15,7 @@ from ask_dist.losses.contrastive import contrast_masks, info_nce, weighted_mean
 from ask_dist.losses.gather import GlobalBatch, gather
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.objective import AskObjective
+from tests.ranks import run_ranks
 
 PAIRS, DIM = 12, 8
 KNOWLEDGE = Knowledge(start=0.0, temperature=0.2, reliability=Reliability(start=0.0, rank=4, gamma=2.0))

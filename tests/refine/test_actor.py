@@ -57,9 +57,9 @@ def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, d
     ray.get(refiner.load_state.remote(state))
 
     ray.kill(bank, no_restart=False)  # comes back empty
-    wait_for(lambda: _filled(bank, ids, audio, text))
-    wait_for(lambda: ray.get(bank.metrics.remote())["bank/generation"] > 0)
-    ray.get(refiner.reports.remote())
+    wait_for(lambda: _if_up(lambda: ray.get(bank.upsert.remote(ids, audio, text, None, 9))))
+    wait_for(lambda: _if_up(lambda: ray.get(bank.prototypes.remote())))
+    ray.get(refiner.reports.remote())  # would raise if it had given up
     ray.get(refiner.stop.remote())
 
 
@@ -73,8 +73,8 @@ def test_failures_in_a_row_end_it_visibly(start):
         ray.get(refiner.reports.remote())
 
 
-def _filled(bank, ids, audio, text) -> bool:
+def _if_up(call):
     try:
-        return ray.get(bank.upsert.remote(ids, audio, text, None, 9)) > 0
+        return call()
     except ray.exceptions.RayActorError:
-        return False
+        return None

@@ -17,6 +17,7 @@ import csv
 import functools
 import importlib.resources
 import importlib.util
+import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -148,27 +149,23 @@ def _counted(
 
 
 def draw_scenes(split: str, number: int, count: int, seed: int) -> list[Scene]:
-    """The first `count` scenes of a split, the `number`-th of the corpus; distinct events in all splits but train.
-
-    Raises:
-        InputError: there are not that many different scenes.
-    """
+    """The first `count` scenes of a split, the `number`-th of the corpus; distinct events in all splits but train."""
     sounds, weights = zipf(seed)
     scenes: list[Scene] = []
     met: set[tuple[Event, ...]] = set()
-    for index in range(100 * count):
+    for index in itertools.count():
+        if len(scenes) == count:
+            break
         scene_seed = (seed << 40) + (number << 32) + index
         rng = np.random.default_rng(scene_seed)
         events = tuple(draw_event(sound, rng) for sound in draw_sounds(sounds, weights, rng))
-        words = [event.words() for event in events]
-        for later in range(1, len(words)):
-            words[later] = CONNECTIVES[rng.integers(len(CONNECTIVES))] + words[later]
+        caption = events[0].words()
+        for event in events[1:]:
+            caption += CONNECTIVES[rng.integers(len(CONNECTIVES))] + event.words()
         if split == "train" or events not in met:
             met.add(events)
-            scenes.append(Scene(f"{split}-{len(scenes):06d}", scene_seed, events, "".join(words)))
-            if len(scenes) == count:
-                return scenes
-    raise InputError(f"{split} of {count} scenes: only {len(scenes)} different ones were found, ask for fewer")
+            scenes.append(Scene(f"{split}-{len(scenes):06d}", scene_seed, events, caption))
+    return scenes
 
 
 def zipf(seed: int) -> tuple[tuple[Sound, ...], np.ndarray]:

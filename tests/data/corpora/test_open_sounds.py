@@ -142,9 +142,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.tar"))}
 
 
-def test_a_build_writes_scenes_of_disjoint_recordings_and_says_where_they_are_from(
-    tmp_path: Path, make_deb: MakeDeb
-) -> None:
+def test_a_build_keeps_recordings_apart_and_says_where_they_are_from(tmp_path: Path, make_deb: MakeDeb) -> None:
     lay_package(make_deb, tmp_path / "cache")
     stages = []
     summary = build(
@@ -183,9 +181,7 @@ def test_a_build_writes_scenes_of_disjoint_recordings_and_says_where_they_are_fr
     assert not heard["test"] & heard["validation"]
 
 
-def test_a_build_is_reproducible_and_only_repeated_when_asked_for_something_else(
-    tmp_path: Path, make_deb: MakeDeb
-) -> None:
+def test_a_build_is_reproducible_and_not_repeated_in_vain(tmp_path: Path, make_deb: MakeDeb) -> None:
     lay_package(make_deb, tmp_path / "cache")
     arguments: dict[str, Any] = {**COUNTS, "packages": [SMALL], "cache": tmp_path / "cache"}
     first = build(tmp_path / "one", **arguments)

@@ -1,0 +1,70 @@
+"""A corpus of tones that a small model learns within seconds, and a configuration for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip
+
+RATE, SECONDS = 16000, 1.0
+PITCHES = {"very low": 150.0, "low": 300.0, "middle": 600.0, "high": 1200.0, "very high": 2400.0}
+SHAPES = ("steady", "rising", "pulsing", "fading")
+
+
+def tone(pitch: float, shape: str, rng: np.random.Generator) -> np.ndarray:
+    time = np.arange(int(RATE * SECONDS)) / RATE
+    glide = 1.0 + (0.8 * time / SECONDS if shape == "rising" else 0.0)
+    envelope = {"pulsing": 0.5 + 0.5 * np.sign(np.sin(2 * np.pi * 6 * time)), "fading": 1.0 - time / SECONDS}.get(
+        shape, 1.0
+    )
+    wave = 0.5 * np.sin(2 * np.pi * pitch * rng.uniform(0.95, 1.05) * time * glide) * envelope
+    return (wave + 0.005 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def clips(split: str, count: int, seed: int) -> list[Clip]:
+    rng = np.random.default_rng(seed)
+    kinds = [(pitch, shape) for pitch in PITCHES for shape in SHAPES]
+    return [
+        Clip(
+            key=f"{split}-{number:04d}",
+            audio=tone(PITCHES[pitch], shape, rng),
+            sample_rate=RATE,
+            captions=(f"a {shape} tone, {pitch}", f"{pitch} and {shape}"),
+            classes=(pitch, shape),
+        )
+        for number in range(count)
+        for pitch, shape in [kinds[number % len(kinds)]]
+    ]
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 160 training, 40 validation and 40 test clips."""
+    folder = tmp_path_factory.mktemp("tones")
+    for seed, (split, count) in enumerate({"train": 160, "validation": 40, "test": 40}.items()):
+        write_shards(clips(split, count, seed), folder / split, split, clips_per_shard=40)
+    return folder
+
+
+@pytest.fixture
+def config_file(tones: Path, tmp_path: Path) -> Path:
+    """A run of ten epochs over the tones: everything switched on, small."""
+    tree = {
+        "name": "tones",
+        "output_dir": str(tmp_path / "runs"),
+        "cluster": {"dashboard": False},
+        "data": {split: str(tones / split) for split in ("train", "validation", "test")} | {"clip_seconds": SECONDS},
+        "model": {"embedding_dim": 64, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
+        "optimization": {"epochs": 10, "micro_batch_size": 16, "evaluate_every": 4, "checkpoint_every": 2},
+        "knowledge": {"neighbours": 8, "reliability": {"rank": 8}},
+        "bank": {"prototypes": [8]},
+        "refine": {"interval": 0.2, "minimum_fresh": 16, "steps": 5},
+    }
+    path = tmp_path / "tones.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path

@@ -1,0 +1,132 @@
+"""Whole runs by the command, as a user starts them: real Ray, DeepSpeed, FAISS, torch-geometric and WebDataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.command import ask_dist, environment
+
+pytestmark = pytest.mark.ray
+
+SCORES = {"R@1", "R@5", "R@10", "mAP@10", "median_rank"}
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        # The manager's snapshot is written once Ray Train has taken the checkpoint over.
+        snapshot = run / "checkpoints" / "checkpoint_manager_snapshot.json"
+        if snapshot.is_file() and list(run.glob("checkpoints/checkpoint_*/manifest.json")):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint; the process returned {process.poll()}")
+
+
+@pytest.fixture
+def finished(config_file: Path, tmp_path: Path) -> Path:
+    done = ask_dist("train", config_file)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs" / "tones"
+
+
+def test_a_run_learns_reports_and_can_be_searched_and_scored(finished: Path, tones: Path, tmp_path: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["text_to_audio"]) == set(report["audio_to_text"]) == SCORES
+    assert report["text_to_audio"]["R@10"] > 50.0  # chance is 25
+    assert {"head", "mid", "tail"} <= set(report["long_tail"])
+    assert report["bank"]["rows"] == 160
+    assert report["bank"]["upserts"] >= 160
+    assert report["refine"]["generations"] >= 1
+    assert report["refine"]["failures"] == 0
+    assert report["quarantine"]["count"] == 0
+    assert report["diagnostics"]["out_of_batch_gradient_share"] > 0
+    assert report["throughput"]["samples_seen"] == 1600
+    logged = rows(finished)
+    assert any(row.get("train/knowledge_used") for row in logged)
+    assert any("eval/validation/text_to_audio_R@1" in row for row in logged)
+    assert "<svg" in (finished / "report.html").read_text()
+
+    again = ask_dist("train", finished / "config.yaml", "--resume")
+    assert again.returncode == 0
+    assert "is finished" in again.stdout
+    refused = ask_dist("train", finished / "config.yaml")
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+
+    scored = ask_dist("evaluate", finished, "--output", tmp_path / "scores.json")
+    assert scored.returncode == 0, scored.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["text_to_audio"]["R@10"] == pytest.approx(report["text_to_audio"]["R@10"], abs=5.1)
+
+    found = ask_dist("search", finished, "a pulsing tone, high", "-k", "3", "--save", tmp_path / "hits")
+    assert found.returncode == 0, found.stderr
+    hits = sorted((tmp_path / "hits").glob("*.flac"))
+    assert len(hits) == 3
+    by_sound = ask_dist("search", finished, "--audio", hits[0], "-k", "1")
+    assert by_sound.returncode == 0, by_sound.stderr
+    assert hits[0].stem.removeprefix("01-") in by_sound.stdout  # a clip finds itself
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "tones"
+    command = [str(Path(sys.executable).with_name("ask-dist")), "train", str(config_file), "optimization.epochs=60"]
+    first = subprocess.Popen(command, start_new_session=True, env=environment(), stdout=subprocess.DEVNULL)
+    wait_for_checkpoint(run, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    checkpoints = sorted(run.glob("checkpoints/checkpoint_*/manifest.json"))
+    position = json.loads(checkpoints[-1].read_text())["global_step"]
+    before = len(rows(run))
+
+    resumed = ask_dist(*command[1:], "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert report["throughput"]["samples_seen"] == 60 * 160
+    steps = [row["step"] for row in rows(run)[before:] if "train/loss" in row]
+    assert position < steps[0] <= position + 11
+    assert report["bank"]["rows"] == 160
+
+    other = ask_dist("train", config_file, "optimization.epochs=60", "seed=1", "--resume")
+    assert other.returncode == 0  # finished: nothing to continue
+    (run / "report.json").unlink()
+    other = ask_dist("train", config_file, "optimization.epochs=60", "seed=1", "--resume")
+    assert other.returncode == 2
+    assert "another configuration" in other.stderr
+
+
+def test_bad_samples_are_named_and_too_many_end_the_run(config_file: Path, tones: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tones / "train", damaged)
+    shard = damaged / "train-000002.tar"
+    shard.write_bytes(shard.read_bytes()[:200_000])
+
+    tolerant = ask_dist(
+        "train",
+        config_file,
+        f"data.train={damaged}",
+        "data.max_bad_share=0.5",
+        "optimization.epochs=2",
+        "name=tolerant",
+    )
+    assert tolerant.returncode == 0, tolerant.stderr
+    report = json.loads((tmp_path / "runs" / "tolerant" / "report.json").read_text())
+    assert report["quarantine"]["count"] > 0
+    assert "train-000002.tar" in report["quarantine"]["examples"][0]["name"]
+
+    strict = ask_dist("train", config_file, f"data.train={damaged}", "optimization.epochs=2", "name=strict")
+    assert strict.returncode == 2, strict.stdout
+    assert "samples are bad" in strict.stderr
+    assert strict.stderr.count("error:") == 1

@@ -1,0 +1,215 @@
+"""The schema: what it accepts, and that every refusal names the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ask_dist import config as configuration
+from ask_dist.config import Config
+from ask_dist.errors import InputError
+from ask_dist.tune import space
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parse(*overrides: str) -> Config:
+    tree: dict[str, Any] = {"name": "run", "data": {"train": "shards/train"}}
+    for override in overrides:
+        configuration.apply_override(tree, override)
+    return configuration.parse(tree)
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(InputError) as error:
+        parse(*overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_there_are_shipped_configurations():
+    assert "quickstart.yaml" in [path.name for path in SHIPPED]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_is_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # a sweep names its base relative to the working folder
+    if "search" in yaml.safe_load(path.read_text()):
+        sweep = space.load(path)
+        assert sweep.search
+    else:
+        config = configuration.load(path)
+        assert config.name == path.stem
+
+
+def test_the_defaults_are_a_whole_run():
+    config = parse()
+    assert (config.cluster.num_workers, config.data.lanes, config.global_batch_size) == (2, 8, 64)
+    assert config.knowledge.enabled
+    assert config.knowledge.reliability.enabled
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("optimization.learning_rat=1", "did you mean optimization.learning_rate?"),
+        ("optimisation.epochs=1", "did you mean optimization?"),
+        ("knowledge.reliability.gama=1", "did you mean knowledge.reliability.gamma?"),
+        ("data.trian=x", "did you mean data.train?"),
+        ("bank.zzzz=1", "known here: capacity, dtype"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(override, near):
+    message = refusal(override)
+    assert message.startswith(f"unknown key {override.split('=')[0].removesuffix('.epochs')}; ")
+    assert near in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimization.learning_rate=0",
+        "optimization.learning_rate=-1",
+        "optimization.learning_rate=.nan",
+        "optimization.epochs=.inf",
+        "optimization.zero_stage=4",
+        "optimization.micro_batch_size=0",
+        "optimization.warmup_share=1.1",
+        "knowledge.start=-0.1",
+        "knowledge.neighbours=1025",
+        "knowledge.reliability.rank=1",
+        "refine.cpu_share=0",
+        "refine.strategy=magic",
+        "bank.dtype=float64",
+        "bank.prototypes=[0]",
+        "seed=-1",
+        "seed=2147483648",
+        "name=../elsewhere",
+        "name=.hidden",
+        "name=a/b",
+        "model.dropout=true and false",
+        "cluster=3",
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_key(override):
+    key, value = override.split("=")
+    message = refusal(override)
+    assert message.startswith(key)
+    assert str(yaml.safe_load(value)).strip("[]") in message
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(InputError, match=r"data is missing; set it in the file or as data=VALUE"):
+        configuration.parse({"name": "run"})
+
+
+def test_every_problem_is_named_at_once():
+    message = refusal("seed=-1", "model.dropout=2", "nonsense=1")
+    assert message.count("; ") >= 3
+    assert all(key in message for key in ("seed=-1", "model.dropout=2", "unknown key nonsense"))
+
+
+def test_overrides_are_read_as_yaml():
+    config = parse("bank.prototypes=[4, 16]", "data.validation=null", "optimization.learning_rate=1e-4", "name='7'")
+    assert config.bank.prototypes == (4, 16)
+    assert config.data.validation is None
+    assert config.optimization.learning_rate == 1e-4
+    assert config.name == "7"
+
+
+def test_later_overrides_win_and_beat_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("name: run\nseed: 1\ndata: {train: x}\n")
+    assert configuration.load(path).seed == 1
+    assert configuration.load(path, ["seed=2", "seed=3"]).seed == 3
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "seed.low=1", "name=[unclosed"])
+def test_a_malformed_override_is_quoted(override):
+    with pytest.raises(InputError, match=re.escape(repr(override))):
+        configuration.apply_override({"seed": 1}, override)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds NoneType, not a mapping"),
+        (b"- 1\n", "holds list, not a mapping"),
+        (b"name: [\n", "not readable YAML"),
+        (b"\xff\xfe\x00", "not readable YAML"),
+        (b"name: !!python/object/apply:os.system ['true']\n", "not readable YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        configuration.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_says_where_the_shipped_ones_are(tmp_path):
+    with pytest.raises(InputError, match=r"no configuration file .*missing\.yaml; the ones shipped are in configs/"):
+        configuration.load(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match="not readable"):
+        configuration.load(tmp_path)  # a folder
+
+
+def test_dump_round_trips(tmp_path):
+    config = parse("bank.prototypes=[4]", "cluster.use_gpu=false", "optimization.learning_rate=3e-5", "data.test=a b")
+    path = tmp_path / "config.yaml"
+    path.write_text(configuration.dump(config))
+    assert configuration.load(path) == config
+
+
+def test_anchored_paths_are_absolute_and_nothing_else_changes(tmp_path, monkeypatch):
+    config = parse("data.test=shards/test", "output_dir=out", "seed=5")
+    monkeypatch.chdir(tmp_path)
+    anchored = config.anchored()
+    assert anchored.data.train == tmp_path / "shards/train"
+    assert anchored.data.test == tmp_path / "shards/test"
+    assert anchored.data.validation is None
+    assert anchored.run_dir == config.run_dir == tmp_path / "out" / "run"
+    monkeypatch.chdir("/")
+    assert anchored.run_dir == tmp_path / "out" / "run"
+    assert anchored.anchored() == anchored
+    paths = {"output_dir", "data"}
+    assert anchored.model_dump(exclude=paths) == config.model_dump(exclude=paths)
+
+
+def test_a_configuration_is_read_only():
+    with pytest.raises(ValueError, match="frozen"):
+        parse().seed = 3
+
+
+def test_bf16_without_gpus_and_uneven_heads_are_refused():
+    assert "use fp32" in refusal("optimization.precision=bf16", "cluster.use_gpu=false")
+    assert "model.text.heads=3" in refusal("model.text.heads=3")
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 70))
+def test_the_remedy_for_lanes_and_batches_works(workers, lanes, micro_batch_size):
+    overrides = {
+        "cluster.num_workers": workers,
+        "data.lanes": lanes,
+        "optimization.micro_batch_size": micro_batch_size,
+    }
+    for _ in range(3):  # following the advice at most twice gives a valid run
+        try:
+            config = parse(*(f"{key}={value}" for key, value in overrides.items()))
+        except InputError as error:
+            lanes_to, micro_to = re.search(
+                r"set (?:it to (\d+)|optimization\.micro_batch_size=(\d+))", str(error)
+            ).groups()
+            overrides |= {"data.lanes": int(lanes_to)} if lanes_to else {"optimization.micro_batch_size": int(micro_to)}
+        else:
+            break
+    assert config.data.lanes % config.cluster.num_workers == 0
+    assert config.global_batch_size % config.data.lanes == 0

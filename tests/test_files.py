@@ -1,0 +1,49 @@
+"""Atomic writes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ask_dist.files import write_atomically
+
+
+def test_content_is_written_and_nothing_else_stays(tmp_path):
+    write_atomically(tmp_path / "a.json", b"one")
+    write_atomically(tmp_path / "a.json", b"two")
+    assert (tmp_path / "a.json").read_bytes() == b"two"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_older_file_untouched(tmp_path):
+    write_atomically(tmp_path / "a.json", b"one")
+    with pytest.raises(TypeError):
+        write_atomically(tmp_path / "a.json", "not bytes")  # type: ignore[arg-type]
+    assert (tmp_path / "a.json").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing" / "a.json", b"one")
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path, contents = tmp_path / "a.bin", [bytes([value]) * 200_000 for value in range(4)]
+    write_atomically(path, contents[0])
+    seen: list[bytes] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for content in contents * 5:
+        write_atomically(path, content)
+    done.set()
+    reader.join()
+    assert seen
+    assert set(seen) <= set(contents)

@@ -1,0 +1,208 @@
+"""Checkpoints: what comes back, what is refused, and that nothing on disk can run code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from ask_dist import config as configuration
+from ask_dist.errors import InputError
+from ask_dist.train import checkpoint
+
+LINEAGE = "0123456789abcdef"
+ENGINE = {"model.weight": torch.arange(6.0).reshape(2, 3), "global_step": torch.tensor(7)}
+BANK = {"ids": np.array([2**63 - 1, -5]), "audio": np.eye(2, dtype=np.float16).T, "generation": np.array(3)}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    checkpoint.save(tmp_path, engine=ENGINE, actors={"bank": BANK}, global_step=7, samples_seen=448, lineage=LINEAGE)
+    return tmp_path
+
+
+def rewrite(folder: Path, **fields: Any) -> None:
+    """Changes fields of the manifest."""
+    path = folder / checkpoint.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_was_saved_comes_back(saved):
+    manifest = checkpoint.load_manifest(saved, LINEAGE)
+    assert (manifest.global_step, manifest.samples_seen, manifest.lineage) == (7, 448, LINEAGE)
+    engine, bank = checkpoint.load_engine(saved), checkpoint.load_actor(saved, "bank")
+    assert set(engine) == set(ENGINE)
+    for name, tensor in ENGINE.items():
+        torch.testing.assert_close(engine[name], tensor, atol=0, rtol=0)
+    assert set(bank) == set(BANK)
+    for name, array in BANK.items():
+        np.testing.assert_array_equal(bank[name], array)
+        assert bank[name].dtype == array.dtype
+    assert checkpoint.load_actor(saved, "refiner") == {}
+
+
+@pytest.mark.parametrize("name", [checkpoint.ENGINE, "bank.safetensors"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_flipped_byte_is_refused(saved, name, place):
+    content = bytearray((saved / name).read_bytes())
+    content[place] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is missing or damaged .* remove"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+def test_a_missing_file_is_refused(saved):
+    (saved / "bank.safetensors").unlink()
+    with pytest.raises(InputError, match=r"bank\.safetensors is missing or damaged"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+def test_a_checkpoint_of_another_lineage_is_refused(saved):
+    with pytest.raises(InputError, match="another configuration"):
+        checkpoint.load_manifest(saved, "f" * 16)
+
+
+def test_a_folder_without_manifest_is_no_checkpoint(saved):
+    (saved / checkpoint.MANIFEST).unlink()
+    with pytest.raises(InputError, match="no checkpoint"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+def test_another_format_is_refused(saved):
+    rewrite(saved, format=2)
+    with pytest.raises(InputError, match="checkpoint format 2, this version reads 1"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"{",
+        b'{"format": 1}',
+        b'{"global_step": 1, "samples_seen": 1, "lineage": "0123456789abcdef", "sha256": []}',
+        b'{"global_step": "x", "samples_seen": 1, "lineage": "0123456789abcdef", "sha256": {}}',
+    ],
+)
+def test_a_manifest_that_is_none_is_refused_in_one_line(saved, content):
+    (saved / checkpoint.MANIFEST).write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        checkpoint.load_manifest(saved, LINEAGE)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_manifest_that_vouches_for_no_engine_is_refused(saved):
+    rewrite(saved, sha256={"bank.safetensors": digest(saved / "bank.safetensors")})
+    with pytest.raises(InputError, match=r"engine\.safetensors"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", ".", "", "a/../../outside", "nul\0byte"])
+def test_names_in_a_manifest_lead_nowhere_else(saved, tmp_path, name):
+    outside = tmp_path.parent / "outside"
+    outside.write_bytes(b"not of the checkpoint")
+    engine = digest(saved / checkpoint.ENGINE)
+    rewrite(saved, sha256={checkpoint.ENGINE: engine, name: digest(outside)})
+    with pytest.raises(InputError, match="missing or damaged"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+class Malice:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_pickle_under_any_name_never_runs(saved, tmp_path):
+    marker = tmp_path.parent / "the-pickle-ran"
+    payload = pickle.dumps(Malice(marker))
+    names = [path.name for path in saved.iterdir()]
+    assert sorted(names) == ["bank.safetensors", "engine.safetensors", "manifest.json"]
+    for name in names:
+        (saved / name).write_bytes(payload)
+    with pytest.raises(InputError):
+        checkpoint.load_manifest(saved, LINEAGE)
+    with pytest.raises(SafetensorError):
+        checkpoint.load_engine(saved)
+    with pytest.raises(SafetensorError):
+        checkpoint.load_actor(saved, "bank")
+    assert not marker.exists()
+    pickle.loads(payload)  # the payload itself works
+    assert marker.exists()
+
+
+def config_with(*overrides: str) -> configuration.Config:
+    tree: dict[str, Any] = {"name": "run", "data": {"train": "shards/train"}}
+    for override in overrides:
+        configuration.apply_override(tree, override)
+    return configuration.parse(tree)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=other",
+        "optimization.epochs=99",
+        "optimization.log_every=3",
+        "optimization.zero_stage=3",
+        "cluster.max_failures=0",
+        "data.test=elsewhere",
+        "bank.threads=2",
+    ],
+)
+def test_what_may_change_on_resume_keeps_the_lineage(override):
+    assert checkpoint.lineage(config_with(override), "data") == checkpoint.lineage(config_with(), "data")
+
+
+def test_the_same_global_batch_on_fewer_workers_keeps_the_lineage():
+    fewer = config_with("cluster.num_workers=1", "optimization.micro_batch_size=64")
+    assert checkpoint.lineage(fewer, "data") == checkpoint.lineage(config_with(), "data")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "model.embedding_dim=128",
+        "knowledge.neighbours=4",
+        "optimization.micro_batch_size=64",
+        "data.lanes=4",
+        "data.shuffle_window=8",
+    ],
+)
+def test_what_must_not_change_on_resume_changes_the_lineage(override):
+    assert checkpoint.lineage(config_with(override), "data") != checkpoint.lineage(config_with(), "data")
+
+
+def test_other_shards_change_the_lineage():
+    assert checkpoint.lineage(config_with(), "data") != checkpoint.lineage(config_with(), "other data")
+
+
+def test_the_newest_complete_checkpoint_is_the_latest(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    for name in ("checkpoint_2026-01-02_00-00-00.1", "checkpoint_2026-01-01_00-00-00.2"):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        checkpoint.save(folder, engine=ENGINE, actors={}, global_step=1, samples_seen=1, lineage=LINEAGE)
+    (tmp_path / "checkpoints" / "checkpoint_2026-01-03_00-00-00.0").mkdir()  # cut off before its manifest
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint_2026-01-02_00-00-00.1"
