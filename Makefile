@@ -1,12 +1,12 @@
 # Each target sets up what it needs; a second call reuses what is there.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment corpus open-sounds quickstart test test-all lint bench requirements clean
+.PHONY: help environment corpus open-sounds quickstart smoke test test-all lint bench requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,6 +29,12 @@ open-sounds: $(INSTALLED)  ## compose scenes of real recordings (needs apt-get, 
 
 quickstart: corpus  ## set up, train on the sampled scenes, print the table
 	$(BIN)/ask-dist train configs/quickstart.yaml --resume
+
+smoke: $(INSTALLED)  ## the quickstart in a small form, two minutes
+	$(BIN)/ask-dist corpus build sampled-scenes shards/smoke --train 400 --validation 50 --test 100
+	$(BIN)/ask-dist train configs/quickstart.yaml name=smoke --overwrite optimization.epochs=2 \
+	  data.train=shards/smoke/train data.validation=shards/smoke/validation data.test=shards/smoke/test
+	$(BIN)/ask-dist search runs/smoke "two loud piano notes" -k 3
 
 test: $(INSTALLED)  ## all tests but the slow ones, then the checks of style and types
 	$(BIN)/python -m pytest -m "not slow"

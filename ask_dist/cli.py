@@ -28,6 +28,7 @@ app = typer.Typer(
 corpus_app = typer.Typer(help="Build a corpus from what packages carry.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
 console = Console()
+INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")]
 Overrides = Annotated[
@@ -182,7 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
         Console(stderr=True).print("interrupted; continue with --resume", highlight=False)
         sys.exit(1)
     return 0

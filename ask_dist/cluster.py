@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,7 @@ LOCAL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the workers' torch threads are set in the loop; FAISS and BLAS in actors stay at one
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody preempts a single machine
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that reserves no GPU sees none
 }
 
 
@@ -40,6 +40,7 @@ def session(config: Config) -> Iterator[None]:
         for name, value in LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         ray.init(
+            address="local",
             include_dashboard=config.cluster.dashboard,
             log_to_driver=False,
             configure_logging=False,
@@ -102,7 +103,9 @@ def start_actors(config: Config) -> dict[str, Any]:
     """
     if not config.knowledge.enabled:
         return {}
-    bank = RemoteBankActor.options(num_cpus=config.cluster.bank_cpus, num_gpus=config.cluster.bank_gpus).remote(
+    name = f"bank-{config.name}-{uuid.uuid4().hex[:8]}"
+    options = {"name": name, "num_cpus": config.cluster.bank_cpus, "num_gpus": config.cluster.bank_gpus}
+    bank = RemoteBankActor.options(**options).remote(
         neighbours=config.knowledge.neighbours,
         dim=config.model.embedding_dim,
         capacity=config.bank.capacity,
@@ -115,7 +118,7 @@ def start_actors(config: Config) -> dict[str, Any]:
     from ask_dist.refine.actor import RemoteRefineActor
 
     refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus).remote(
-        bank, prototypes=config.bank.prototypes, seed=config.seed, **config.refine.model_dump()
+        name, prototypes=config.bank.prototypes, seed=config.seed, **config.refine.model_dump()
     )
     return {"bank": bank, "refiner": refiner}
 

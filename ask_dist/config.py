@@ -40,7 +40,6 @@ class Cluster(Section):
         1, description="restarts from the last checkpoint before giving up"
     )
     dashboard: bool = True
-    start_timeout: Positive = Field(60.0, description="seconds to wait for actors before saying what is missing")
 
 
 class Data(Section):
@@ -49,8 +48,8 @@ class Data(Section):
     train: Path
     validation: Path | None = None
     test: Path | None = None
-    sample_rate: Count = 16000
-    clip_seconds: Positive = 4.0
+    sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = Field(16000, description="Hz")
+    clip_seconds: Annotated[float, Field(ge=0.1)] = 4.0
     lanes: Count = Field(8, description="streams a global batch is drawn from; a multiple of num_workers")
     shuffle_window: Count = Field(512, description="samples shuffled together within a lane")
     loader_processes: Annotated[int, Field(ge=0)] = Field(0, description="decoding processes a worker")
@@ -124,7 +123,7 @@ class Knowledge(Section):
     neighbours: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="rows a query, modality and search")
     temperature: Positive = Field(0.07, description="of the distributions that the consistency terms compare")
     half_life: Positive = Field(2.0, description="epochs after which a row that was not renewed counts half")
-    contrast_weight: Share = Field(1.0, description="share of the contrast that the neighbours join (fine)")
+    contrast_weight: Share = Field(0.3, description="share of the contrast that the neighbours join (fine)")
     consistency_weight: Weight = Field(0.5, description="agreement over the neighbours (fine)")
     coarse_weight: Weight = Field(0.25, description="agreement over the prototypes (coarse)")
     reliability: Reliability = Reliability()

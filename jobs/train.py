@@ -1,4 +1,9 @@
-"""`ask-dist train` as a cluster job: ray job submit --working-dir . -- python jobs/train.py configs/quickstart.yaml"""
+"""`ask-dist train` as a cluster job.
+
+ray job submit --working-dir . -- python jobs/train.py configs/quickstart.yaml
+
+Paths of shards and runs must be absolute and shared by all nodes: git-ignored folders are not uploaded.
+"""
 
 import sys
 

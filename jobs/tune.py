@@ -1,4 +1,9 @@
-"""`ask-dist tune` as a cluster job: ray job submit --working-dir . -- python jobs/tune.py configs/tune_reliability.yaml"""
+"""`ask-dist tune` as a cluster job.
+
+ray job submit --working-dir . -- python jobs/tune.py configs/tune_reliability.yaml
+
+Paths of shards and runs must be absolute and shared by all nodes: git-ignored folders are not uploaded.
+"""
 
 import sys
 

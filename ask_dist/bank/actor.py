@@ -57,8 +57,8 @@ class BankActor:
         return self._bank.state()
 
     def load_state(self, state: State) -> None:
-        """Replace the whole bank by a saved one."""
-        self._bank = KnowledgeBank.from_state(state, **self._settings)
+        """Replace the whole bank by a saved one; an empty state empties it."""
+        self._bank = KnowledgeBank.from_state(state, **self._settings) if state else KnowledgeBank(**self._settings)
 
     def ping(self) -> int:
         """The number of rows: an answer means that the bank is up."""

@@ -93,6 +93,10 @@ class ConvAudioEncoder(AudioEncoder):
 
     def __init__(self, sample_rate: int, mel_bins: int, width: int, dropout: float) -> None:
         super().__init__()
+        if width % 8:
+            raise InputError(
+                f"model.audio.width={width} is no multiple of 8, the groups of its norms; use {8 + width // 8 * 8}"
+            )
         self.sample_rate = sample_rate
         self.output_dim = 8 * width
         self.front_end = LogMel(sample_rate, mel_bins)

@@ -59,7 +59,7 @@ def build_text_encoder(config: Model, vocabulary: Vocabulary) -> TextEncoder:
 
 
 class Vocabulary:
-    """A WordPiece-style tokenizer trained on the corpus's own captions (Hugging Face `tokenizers`), or a saved one."""
+    """A byte-level BPE tokenizer trained on the corpus's own captions (Hugging Face `tokenizers`), or a saved one."""
 
     FILE = "tokenizer.json"
 

@@ -32,7 +32,8 @@ class RefineActor:
     It begins at once, so that an actor that Ray restarted goes on by itself.
 
     Args:
-        bank: handle of the bank's actor.
+        bank: name of the bank's actor. Not a handle: Ray keeps constructor arguments that hold one in its object store,
+            and an actor can't be restarted once they are lost there.
         prototypes: granularities that each commit rebuilds.
         interval: least seconds from the start of one generation to that of the next.
         cpu_share: most of one core that it takes, on average over a generation and the rest after it.
@@ -41,7 +42,7 @@ class RefineActor:
 
     def __init__(
         self,
-        bank: Any,
+        bank: str,
         *,
         prototypes: Sequence[int] = (),
         interval: float = 2.0,
@@ -92,9 +93,10 @@ class RefineActor:
             return {} if self._refiner is None else self._refiner.state()
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Continue from `state()`, after the generation in progress if there is one."""
-        if state:
-            with self._lock:
+        """Continue from `state()`, after the generation in progress if there is one; an empty state begins anew."""
+        with self._lock:
+            self._refiner, self._newest_step = None, -1
+            if state:
                 self._made().load_state(state)
 
     def _made(self) -> Refiner:
@@ -108,12 +110,12 @@ class RefineActor:
             self._refiner = Refiner(**self._refiner_arguments, settings=Settings(**self._settings))  # type: ignore[arg-type]
         return self._refiner
 
-    def _loop(self, bank: Any) -> None:
+    def _loop(self, name: str) -> None:
         failures = 0
         while not self._stop.is_set() and failures < MAX_FAILURES:
             started, cpu = time.monotonic(), time.process_time()
             try:
-                self._generation(bank)
+                self._generation(ray.get_actor(name))
                 failures = 0
             except Exception as error:  # a bank that restarts, or one bad generation, must not end the refinement
                 # A bank that Ray is restarting comes back; that alone never makes the refiner give up.

@@ -97,8 +97,8 @@ def _check_writable(run_dir: Path) -> None:
     folder = run_dir
     while not folder.exists():
         folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} is not writable; set output_dir=")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"{folder} is no folder that can be written; set output_dir=")
 
 
 def _check_machine(config: Config) -> None:

@@ -69,7 +69,8 @@ def save(
     """
     save_file(engine, folder / ENGINE)
     for name, arrays in actors.items():
-        save_arrays({key: np.asarray(value, order="C") for key, value in arrays.items()}, folder / f"{name}.safetensors")
+        whole = {key: np.asarray(value, order="C") for key, value in arrays.items()}
+        save_arrays(whole, folder / f"{name}.safetensors")
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     manifest = Manifest(global_step, samples_seen, lineage, digests)
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())

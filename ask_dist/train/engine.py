@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Engine:
         self.total_steps = total_steps
         self.global_step = 0
         self.device = device
+        self._copy = copy.deepcopy(model).to(device) if optimization.zero_stage == 3 else None
         groups = parameter_groups(model, optimization.weight_decay)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
@@ -75,8 +77,23 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The model, for evaluation and export."""
+        """The model as it is trained; under ZeRO 3 its weights lie in parts on all ranks."""
         return self.deepspeed.module
+
+    def whole(self) -> nn.Module:
+        """The model with every weight on this rank, for evaluation and export. A collective.
+
+        Under ZeRO 3 it is a copy: the trained model collects its weights layer by layer from all ranks, which would
+        wait for ever on ranks that have fewer batches to evaluate.
+        """
+        if self._copy is None:
+            return self.module
+        with torch.no_grad():
+            for ours, trained in zip(self._copy.parameters(), self.module.parameters(), strict=True):
+                ours.copy_(self._full(trained, None))
+            for buffer, current in zip(self._copy.buffers(), self.module.buffers(), strict=True):
+                buffer.copy_(current)
+        return self._copy
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward pass through the engine, so that its hooks run."""

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-import ray.train
 import torch
 import torch.distributed as dist
 
@@ -29,7 +28,7 @@ LIBRARIES = ("torch", "torchaudio", "ray", "deepspeed", "faiss-gpu", "torch-geom
 def finish(state: TrainState) -> None:
     """Evaluates the trained model on all ranks and writes the run's results on rank 0. A collective."""
     split = "test" if "test" in state.shards else "validation" if "validation" in state.shards else "train"
-    model = state.engine.module
+    model = state.engine.whole()
     part = encode(model, state.shards[split], state.config, state.rank, state.world_size)
     probe = encode(model, state.shards["train"], state.config, state.rank, state.world_size, limit=PROBE_CLIPS)
     encoded, probe = gather_encoded(part), gather_encoded(probe)
@@ -47,7 +46,6 @@ def finish(state: TrainState) -> None:
             state.log.close()
         write_report(state.config.run_dir, results)
     dist.barrier()
-    ray.train.report({"step": state.engine.global_step, "finished": True})
 
 
 def _gather_facts(state: TrainState) -> tuple[tuple[np.ndarray, np.ndarray], list[dict[str, str]]]:

@@ -58,6 +58,7 @@ class TrainState:
     skipped_steps: int = 0
     trusted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def progress(self) -> float:
@@ -157,7 +158,7 @@ def train(state: TrainState) -> None:
             rate = since_samples / max(time.monotonic() - since, 1e-9)
             since, since_samples = time.monotonic(), 0
             log_step(state, values, rate)
-        if "validation" in state.shards and (step % evaluate_every == 0 and not last):
+        if "validation" in state.shards and (step % evaluate_every == 0 or last):
             evaluate_validation(state)
             since, since_samples = time.monotonic(), 0
         if step % checkpoint_every == 0 and not last:
@@ -285,23 +286,23 @@ def log_step(state: TrainState, values: dict[str, float], samples_per_second: fl
 def evaluate_validation(state: TrainState) -> None:
     """Retrieval on the validation shards, by all ranks; logged, and reported to Ray (for Tune)."""
     shards = state.shards["validation"]
-    part = encode(state.engine.module, shards, state.config, state.rank, state.world_size)
+    part = encode(state.engine.whole(), shards, state.config, state.rank, state.world_size)
     results = retrieval_results(gather_encoded(part), state.shards["train"].classes, state.config.seed)
-    metrics = {
+    state.scores = {
         f"eval/validation/{direction}_{name}": value
         for direction in ("text_to_audio", "audio_to_text")
         for name, value in results[direction].items()
     }
     if state.log is not None:
-        state.log.log(metrics, state.engine.global_step)
-    ray.train.report(metrics | {"step": state.engine.global_step})
+        state.log.log(state.scores, state.engine.global_step)
+    report(state)
 
 
 def save_checkpoint(state: TrainState) -> None:
     """Engine, bank and refiner as they are now. A collective; rank 0 writes, Ray Train keeps."""
     engine = state.engine.state()
     if state.rank != 0:
-        ray.train.report({"step": state.engine.global_step})
+        report(state)
         return
     arrays = {name: ray.get(actor.state.remote()) for name, actor in state.actors.items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -313,22 +314,34 @@ def save_checkpoint(state: TrainState) -> None:
             samples_seen=state.samples_seen,
             lineage=state.lineage,
         )
-        ray.train.report({"step": state.engine.global_step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        report(state, ray.train.Checkpoint.from_directory(folder))
+
+
+def report(state: TrainState, saved: ray.train.Checkpoint | None = None) -> None:
+    """Tells Ray Train the newest validation scores, and hands a checkpoint over. A collective."""
+    ray.train.report(state.scores | {"step": state.engine.global_step}, checkpoint=saved)
 
 
 def resume(state: TrainState) -> None:
-    """Takes up the run's last checkpoint: engine on every rank, bank and refiner by rank 0 for all."""
+    """Takes up the run's last checkpoint: engine on every rank, bank and refiner by rank 0 for all.
+
+    Without a checkpoint the actors are emptied: workers that were restarted begin anew, and rows of later steps would
+    refuse theirs.
+    """
     found = ray.train.get_checkpoint()
     if found is None:
-        return
-    with found.as_directory() as name:
-        folder = Path(name)
-        manifest = checkpoint.load_manifest(folder, state.lineage)
-        state.engine.load_state(checkpoint.load_engine(folder))
-        state.samples_seen = manifest.samples_seen
         if state.rank == 0:
-            for actor_name, actor in state.actors.items():
-                arrays = checkpoint.load_actor(folder, actor_name)
-                if arrays:
-                    ray.get(actor.load_state.remote(arrays))
+            ray.get([actor.load_state.remote({}) for actor in state.actors.values()])
+    else:
+        with found.as_directory() as name:
+            load_checkpoint(state, Path(name))
     dist.barrier()
+
+
+def load_checkpoint(state: TrainState, folder: Path) -> None:
+    """Puts a verified checkpoint into the engine of this rank and, on rank 0, into the actors."""
+    manifest = checkpoint.load_manifest(folder, state.lineage)
+    state.engine.load_state(checkpoint.load_engine(folder))
+    state.samples_seen = manifest.samples_seen
+    if state.rank == 0:
+        ray.get([actor.load_state.remote(checkpoint.load_actor(folder, name)) for name, actor in state.actors.items()])

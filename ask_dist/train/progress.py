@@ -92,7 +92,7 @@ def _follow(console: Console, follower: Follower, total_steps: int, stop: thread
                 step = int(latest["step"])
                 progress.update(task, completed=step, description="training", facts=describe(latest))
                 if not console.is_terminal and (quiet >= PLAIN_SECONDS or last_look):
-                    console.print(f"step {step}/{total_steps}  {describe(latest)}", highlight=False)
+                    console.print(f"step {step}/{total_steps}  {describe(latest)}", highlight=False, soft_wrap=True)
                     quiet = 0.0
             if last_look:
                 return

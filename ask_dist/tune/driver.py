@@ -20,6 +20,7 @@ from ask_dist.train import run
 from ask_dist.tune.space import Distribution, Sweep
 
 BEST = "best.yaml"
+TRIAL_MEMORY = 512 * 2**20
 
 
 def tune(sweep: Sweep, console: Console, *, resume: bool = False) -> Path:
@@ -49,9 +50,10 @@ def tune(sweep: Sweep, console: Console, *, resume: bool = False) -> Path:
 
 
 def _tuner(sweep: Sweep, folder: Path, resume: bool) -> ray_tune.Tuner:
-    # Tune and Train both count CPUs: the function itself reserves none, its workers do.
+    # The function itself reserves no core, its workers do; Tune refuses a trial that reserves nothing at all.
     trial = ray_tune.with_resources(
-        ray_tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), working_dir=os.getcwd()), {"CPU": 0}
+        ray_tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), working_dir=os.getcwd()),
+        {"memory": TRIAL_MEMORY},
     )
     if resume and ray_tune.Tuner.can_restore(str(folder / "trials")):
         return ray_tune.Tuner.restore(str(folder / "trials"), trial, resume_unfinished=True, restart_errored=True)
@@ -82,6 +84,8 @@ def run_trial(sample: dict[str, Any], *, sweep: dict[str, Any], working_dir: str
     os.chdir(working_dir)
     parsed = Sweep.model_validate(sweep)
     folder = Path(parsed.output_dir).absolute() / parsed.name / "runs"
+    # Without checkpoints: every report must hold the metric, and a trial that fails is started anew.
+    sample = sample | {"optimization.checkpoint_every": 1e9}
     config = parsed.trial_config(sample, f"trial_{ray_tune.get_context().get_trial_id()}", folder).anchored()
     shards = run.check_data(config)
     run.prepare_folder(config, shards["train"], resume=True, overwrite=False)

@@ -19,8 +19,8 @@ ROWS = 400
 def start(local_ray):
     started = []
 
-    def start_actor(kind, *arguments, **settings):
-        actor = kind.options(num_cpus=0).remote(*arguments, **settings)
+    def start_actor(kind, *arguments, name=None, **settings):
+        actor = kind.options(num_cpus=0, name=name).remote(*arguments, **settings)
         started.append(actor)
         return actor
 
@@ -37,9 +37,9 @@ def wait_for(condition):
 
 def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, drift):
     audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
-    bank = start(RemoteBankActor, neighbours=4, dim=audio.shape[1], capacity=ROWS)
+    bank = start(RemoteBankActor, name="bank-a", neighbours=4, dim=audio.shape[1], capacity=ROWS)
     refiner = start(
-        RemoteRefineActor, bank, prototypes=[4, 16], interval=0.1, cpu_share=1.0, strategy="gnn", steps=5, hidden=8
+        RemoteRefineActor, "bank-a", prototypes=[4, 16], interval=0.1, cpu_share=1.0, strategy="gnn", steps=5, hidden=8
     )
     assert ray.get(refiner.state.remote()) == {}
     ray.get(bank.upsert.remote(ids, audio, text, None, 0))
@@ -56,18 +56,18 @@ def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, d
     assert "source.audio.values" in state
     ray.get(refiner.load_state.remote(state))
 
-    ray.kill(bank, no_restart=False)  # comes back empty
-    wait_for(lambda: _if_up(lambda: ray.get(bank.upsert.remote(ids, audio, text, None, 9))))
+    ray.kill(bank, no_restart=False)
+    wait_for(lambda: _if_up(lambda: ray.get(bank.ping.remote()) == 0))  # it is back, and empty
+    ray.get(bank.upsert.remote(ids, audio, text, None, 9))
     wait_for(lambda: _if_up(lambda: ray.get(bank.prototypes.remote())))
     ray.get(refiner.reports.remote())  # would raise if it had given up
     ray.get(refiner.stop.remote())
 
 
 def test_failures_in_a_row_end_it_visibly(start):
-    bank = start(RemoteBankActor, neighbours=4, dim=4, capacity=10)
-    refiner = start(RemoteRefineActor, bank, interval=0.0, strategy="magic")
-    rows = np.eye(4, dtype=np.float32)
-    ray.get(bank.upsert.remote(np.arange(4), rows, rows, None, 0))
+    bank = start(RemoteBankActor, name="bank-b", neighbours=4, dim=4, capacity=10)
+    ray.kill(bank)
+    refiner = start(RemoteRefineActor, "bank-b", interval=0.0)
     wait_for(lambda: ray.get(refiner.metrics.remote())["refine/failures"] == MAX_FAILURES)
     with pytest.raises(RuntimeError, match="gave up after 5 failures in a row"):
         ray.get(refiner.reports.remote())

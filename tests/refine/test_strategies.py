@@ -65,9 +65,9 @@ def test_networks_go_on_from_their_state(task_and_truth, kind):
 @pytest.mark.parametrize("name", ["mlp", "gnn"])
 def test_going_on_is_better_than_starting_anew(task_and_truth, name):
     task, truth = task_and_truth
-    strategy = STRATEGIES[name](Settings(steps=60, hidden=32))
-    drifts = [mean_drift(strategy.fit_apply(task), truth) for _ in range(3)]
-    assert drifts[2] < drifts[0]
+    strategy = STRATEGIES[name](Settings(steps=100))
+    drifts = [mean_drift(strategy.fit_apply(task), truth) for _ in range(2)]
+    assert drifts[1] < drifts[0]
 
 
 @pytest.mark.parametrize("name", ["mlp", "gnn"])

@@ -49,7 +49,7 @@ def test_what_was_saved_comes_back(saved):
     assert set(bank) == set(BANK)
     for name, array in BANK.items():
         np.testing.assert_array_equal(bank[name], array)
-        assert bank[name].dtype == array.dtype
+        assert (bank[name].dtype, bank[name].shape) == (array.dtype, array.shape)
     assert checkpoint.load_actor(saved, "refiner") == {}
 
 

@@ -72,7 +72,18 @@ def continue_from_state(rank: int, stage: int) -> dict[str, Any]:
         "state": state,
         "after": engine.state(),
         "after continued": fresh.state(),
+        "whole": evaluate_whole(fresh, rank),
     }
+
+
+def evaluate_whole(engine: Engine, rank: int) -> dict[str, Tensor]:
+    """Weights of `whole` after an evaluation in which the second rank has more batches than the first."""
+    model = engine.whole().eval()
+    with torch.no_grad():
+        for _ in range(1 + 2 * rank):
+            model(torch.ones(2, 320))
+    model.train()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def all_stages(rank: int) -> dict[int | str, Any]:
@@ -119,6 +130,17 @@ def test_a_fresh_engine_continues_from_state_as_if_nothing_had_happened(stages, 
         assert run["first"][0] != pytest.approx(run["uninterrupted"][0], abs=1e-2)  # it had learned something to lose
         for name, tensor in run["after"].items():
             torch.testing.assert_close(run["after continued"][name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_rank_can_evaluate_and_export_the_whole_model_on_its_own(stages, stage):
+    for rank in stages:
+        run = rank[stage]
+        assert set(run["whole"]) == set(Network().state_dict())
+        for name, tensor in run["whole"].items():
+            kind = "buffer" if name == "shift" else "model"
+            torch.testing.assert_close(tensor, run["after continued"][f"{kind}.{name}"], atol=0, rtol=0)
 
 
 @pytest.mark.multiprocess

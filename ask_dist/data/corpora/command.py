@@ -9,10 +9,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ask_dist.data.corpora import open_sounds, sampled_scenes
+from ask_dist.data.corpora import BuildSummary, open_sounds, sampled_scenes
 from ask_dist.data.pack import pack_table
 
-RECIPES = {"sampled-scenes": sampled_scenes.build, "open-sounds": open_sounds.build}
+RECIPES: dict[str, Callable[..., BuildSummary]] = {
+    "sampled-scenes": sampled_scenes.build,
+    "open-sounds": open_sounds.build,
+}
 
 
 def build_with_progress(
@@ -44,7 +47,12 @@ def pack_with_progress(
             clips_per_shard=clips_per_shard,
             progress=lambda done, total: update(split, done, total),
         )
-    console.print(f"{folder}: {summary}", highlight=False, soft_wrap=True)
+    skipped = f", {len(summary.skipped)} skipped (see {folder / 'quarantine.jsonl'})" if summary.skipped else ""
+    console.print(
+        f"{folder}: {summary.clips} clips, {summary.seconds / 3600:.2f} hours, {summary.shards} shards{skipped}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @contextmanager

@@ -1,0 +1,46 @@
+"""Two encoders on one sphere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+AUDIO = torch.randn(4, 4000, generator=torch.Generator().manual_seed(0))
+CAPTIONS = ["a drum", "a viola, then a drum", "three loud notes", ""]
+
+
+def test_features_are_unit_rows_and_the_scale_is_exponentiated(model):
+    features = model(AUDIO, model.text.tokenize(CAPTIONS))
+    for rows in (features.audio_features, features.text_features):
+        assert rows.shape == (4, 12)
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+    assert features.logit_scale.shape == ()
+    assert features.logit_scale.item() == pytest.approx(14.3, rel=1e-5)
+
+
+def test_each_side_can_be_encoded_alone(model):
+    features = model(AUDIO, model.text.tokenize(CAPTIONS))
+    torch.testing.assert_close(model.encode_audio(AUDIO), features.audio_features)
+    torch.testing.assert_close(model.encode_text(model.text.tokenize(CAPTIONS)), features.text_features)
+
+
+def test_the_scale_is_capped(model):
+    with torch.no_grad():
+        model.log_logit_scale.fill_(10.0)
+    assert model(AUDIO, model.text.tokenize(CAPTIONS)).logit_scale.item() == 100.0
+
+
+def test_features_are_fp32_under_bf16(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = model(AUDIO, model.text.tokenize(CAPTIONS))
+    assert features.audio_features.dtype == features.text_features.dtype == torch.float32
+    torch.testing.assert_close(features.text_features.norm(dim=1), torch.ones(4))
+
+
+def test_every_parameter_learns(model):
+    features = model.train()(AUDIO, model.text.tokenize(CAPTIONS))
+    logits = features.logit_scale * features.audio_features @ features.text_features.T
+    torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert still == []

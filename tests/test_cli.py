@@ -1,0 +1,180 @@
+"""The command line in this process: exit codes, and one line on stderr for what the user can mend."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ask_dist import cli
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip
+
+RATE = 16000
+COMMANDS = ("train", "check", "evaluate", "search", "tune", "pack", "corpus")
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of `ask-dist arguments`."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def tone(number: int) -> Clip:
+    """A second of a sine an octave's third higher for each number."""
+    hertz = 220.0 * 2.0 ** (number / 3)
+    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(RATE) / RATE, dtype=np.float32)
+    return Clip(f"tone-{number}", wave, RATE, (f"a tone of {hertz:.0f} hertz",), (f"octave {number // 3}",))
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory) -> Path:
+    """A real corpus of 16 clips in 4 training shards, and 4 in one test shard."""
+    folder = tmp_path_factory.mktemp("tones")
+    write_shards([tone(number) for number in range(16)], folder / "train", "train", clips_per_shard=4)
+    write_shards([tone(number) for number in range(4)], folder / "test", "test")
+    return folder
+
+
+@pytest.fixture
+def config(tones, tmp_path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+name: tones
+output_dir: {tmp_path / "runs"}
+data: {{train: {tones / "train"}, test: {tones / "test"}, clip_seconds: 1.0, lanes: 2}}
+model: {{embedding_dim: 16, audio: {{width: 8, mel_bins: 16}}, text: {{width: 16, layers: 1, vocabulary: 300}}}}
+optimization: {{micro_batch_size: 4, epochs: 1}}
+""")
+    return path
+
+
+@pytest.fixture
+def refused(capsys):
+    """Checks that a command exits with 2 and says why in one line, and returns that line."""
+
+    def check(*arguments: str | Path) -> str:
+        code = run(*arguments)
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return check
+
+
+def test_help_names_every_command(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert run(command, "-h") == 0
+    assert "Usage: ask-dist" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("train",), ("search", "run", "-k", "0")])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_an_unknown_config_file(command, tmp_path, refused):
+    assert "no configuration file" in refused(command, tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_a_misspelt_key_names_the_nearest(command, config, refused):
+    line = refused(command, config, "optimization.epoch=3")
+    assert "unknown key optimization.epoch; did you mean optimization.epochs?" in line
+
+
+def test_square_brackets_in_a_message_are_shown_as_they_are(config, refused):
+    assert "bank.prototypes.0=0" in refused("train", config, "bank.prototypes=[0]")
+    assert "seed='[bold]'" in refused("train", config, "seed='[bold]'")
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_missing_shards_name_the_folder(command, config, tmp_path, refused):
+    line = refused(command, config, f"data.train={tmp_path / 'nowhere'}")
+    assert str(tmp_path / "nowhere") in line
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_fewer_shards_than_workers_names_both_numbers(command, config, tones, refused):
+    line = refused(command, config, f"data.train={tones / 'test'}")
+    assert "1 shards for 2 workers" in line
+    assert "cluster.num_workers=1" in line
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_an_output_folder_that_cant_be_made(command, config, tmp_path, refused):
+    (tmp_path / "file").write_text("in the way")
+    line = refused(command, config, f"output_dir={tmp_path / 'file'}")
+    assert "output_dir=" in line
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_existing_run_is_not_written_over(config, tmp_path, refused):
+    earlier = tmp_path / "runs" / "tones" / "metrics.jsonl"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}\n")
+    line = refused("train", config)
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert earlier.read_text() == "{}\n"
+
+
+def test_search_and_evaluate_want_a_finished_run(tmp_path, refused):
+    assert f"{tmp_path} holds no finished run" in refused("search", tmp_path, "three notes")
+    assert f"{tmp_path} holds no finished run" in refused("evaluate", tmp_path)
+    assert "one of the two" in refused("search", tmp_path)
+
+
+def test_tune_wants_a_sweep(config, tmp_path, refused):
+    assert f"{config}: base: " in refused("tune", config)  # a run is no sweep
+    assert "missing.yaml" in refused("tune", tmp_path / "missing.yaml")
+
+
+def test_check_finds_a_real_corpus_ready_and_writes_nothing(config, tmp_path, capsys):
+    assert run("check", config) == 0
+    text = capsys.readouterr().out
+    assert "ready" in text
+    assert "2 workers, global batch 8" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+
+
+def test_check_refuses_more_cores_than_there_are(config, refused):
+    line = refused("check", config, "cluster.cpus_per_worker=100000")
+    assert "200000 CPU" in line
+    assert "cluster.num_workers" in line
+
+
+def test_ctrl_c_exits_with_1_and_one_line(tmp_path):
+    path = tmp_path / "never.yaml"
+    os.mkfifo(path)
+    # A parent in the background may have left SIGINT ignored, and children inherit that.
+    code = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from ask_dist.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with open(path, "w"):  # opens only once the command has begun to read its configuration
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None
+            message = process.stderr.read()
+        assert process.wait() == 1
+    assert message.splitlines() == ["interrupted; continue with --resume"]
