@@ -195,7 +195,10 @@ def test_the_bank_gets_no_gradient_and_reaches_beyond_the_batch():
 
     def outside(neighbours: Neighbours | None) -> float:
         (gradient,) = torch.autograd.grad(
-            AskObjective(Knowledge(start=0.0))(audio, text, torch.tensor(4.0), IDS[:3], None, neighbours).loss, audio
+            AskObjective(Knowledge(start=0.0, contrast_weight=1.0))(
+                audio, text, torch.tensor(4.0), IDS[:3], None, neighbours
+            ).loss,
+            audio,
         )
         return float((gradient - gradient @ span @ span.T).norm() / gradient.norm())
 
