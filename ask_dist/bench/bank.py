@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,15 @@ def bank_actor_vs_in_process(
     rounds: int = 5,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Alternate rounds of searches by id in process and through the actor, pipelined as `BankClient` bounds it.
+    """Alternate rounds of searches in process and through the actor, pipelined as `BankClient` bounds it.
 
-    Needs an initialised Ray with one free CPU. Every answer of the actor is read by the caller.
+    Two kinds of call: `search`, free queries that come back as scores and ids, and `search_ids`, the trainer's call,
+    whose answer carries the neighbours' embeddings (7 MB at the defaults). Needs an initialised Ray with one free CPU.
+    Every answer of the actor is read by the caller.
 
     Returns:
-        `in_process_searches_per_s` and `actor_searches_per_s` (medians over the rounds), `ratio` (actor / in process),
-        and the setting.
+        `ratio` (searches/s through the actor by those in process, medians over the rounds) of `search`,
+        `by_id_ratio` of `search_ids`, the four rates, and the setting.
     """
     rng = np.random.default_rng(seed)
     ids = np.arange(rows, dtype=np.int64)
@@ -41,32 +44,52 @@ def bank_actor_vs_in_process(
     settings: dict[str, Any] = {"dim": dim, "capacity": rows, "threads": threads}
     bank = KnowledgeBank(**settings)
     actor = RemoteBankActor.options(num_cpus=1).remote(neighbours=neighbours, **settings)
+    chosen = [rng.choice(ids, queries, replace=False) for _ in range(searches)]
+    vectors = [audio[batch].astype(np.float32) for batch in chosen]
     try:
         bank.upsert(ids, audio, text, None, 0)
         ray.get(actor.upsert.remote(ids, audio, text, None, 0))
-        batches = [rng.choice(ids, queries, replace=False) for _ in range(searches)]
-        in_process, through_actor = [], []
-        _search_actor(actor, batches, in_flight)  # warms both sides up
-        for _ in range(rounds):
-            in_process.append(_seconds(lambda: [bank.search_ids(batch, neighbours) for batch in batches]))
-            through_actor.append(_seconds(lambda: _search_actor(actor, batches, in_flight)))
+        free = _rates(
+            [lambda v=v: bank.search(v, neighbours, "audio") for v in vectors],
+            [lambda v=v: actor.search.remote(v, neighbours, "audio") for v in vectors],
+            in_flight,
+            rounds,
+        )
+        by_id = _rates(
+            [lambda i=i: bank.search_ids(i, neighbours) for i in chosen],
+            [lambda i=i: actor.search_ids.remote(i) for i in chosen],
+            in_flight,
+            rounds,
+        )
     finally:
         ray.kill(actor)
-    here, there = (searches / statistics.median(seconds) for seconds in (in_process, through_actor))
     return {
-        "in_process_searches_per_s": here,
-        "actor_searches_per_s": there,
-        "ratio": there / here,
+        "ratio": free[1] / free[0],
+        "by_id_ratio": by_id[1] / by_id[0],
+        **{"in_process_per_s": free[0], "actor_per_s": free[1]},
+        **{"in_process_by_id_per_s": by_id[0], "actor_by_id_per_s": by_id[1]},
         **{"rows": rows, "dim": dim, "queries": queries, "neighbours": neighbours, "threads": threads},
     }
 
 
-def _search_actor(actor, batches: list[np.ndarray], in_flight: int) -> None:
+def _rates(
+    here: list[Callable[[], Any]], there: list[Callable[[], Any]], in_flight: int, rounds: int
+) -> tuple[float, float]:
+    """Median calls/s in process and through the actor."""
+    _pipelined(there, in_flight)  # warms both sides up
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        seconds[0].append(_seconds(lambda: [call() for call in here]))
+        seconds[1].append(_seconds(lambda: _pipelined(there, in_flight)))
+    return len(here) / statistics.median(seconds[0]), len(there) / statistics.median(seconds[1])
+
+
+def _pipelined(calls: list[Callable[[], Any]], in_flight: int) -> None:
     outstanding: deque[Any] = deque()
-    for batch in batches:
+    for call in calls:
         if len(outstanding) == in_flight:
             ray.get(outstanding.popleft())
-        outstanding.append(actor.search_ids.remote(batch))
+        outstanding.append(call())
     ray.get(list(outstanding))
 
 
