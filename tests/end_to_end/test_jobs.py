@@ -54,6 +54,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         [
             *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"),
             *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}"),
+            f"--dashboard-agent-listen-port={free_port()}",  # the default belongs to whatever Ray runs here already
         ],
         env=env,
         start_new_session=True,
