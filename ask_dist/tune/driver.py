@@ -9,6 +9,7 @@ from typing import Any
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
 from rich.console import Console
 from rich.table import Table
 
@@ -70,7 +71,7 @@ def _tuner(sweep: Sweep, folder: Path, resume: bool) -> ray_tune.Tuner:
             metric=sweep.metric,
             mode="max",
             num_samples=sweep.trials,
-            max_concurrent_trials=sweep.concurrent,
+            search_alg=BasicVariantGenerator(max_concurrent=sweep.concurrent, random_state=sweep.seed),
             scheduler=scheduler,
             trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
