@@ -1,1 +1,6 @@
 """Encoders and the space that they share."""
+
+# Imported for their registrations: whoever imports an encoder's registry finds all names in it.
+from ask_dist.models import minilm, yamnet
+
+__all__ = ["minilm", "yamnet"]
