@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from ask_dist import __version__
 from ask_dist.errors import InputError
+from ask_dist.files import DISK_ERRORS, refusal, writing
 
 app = typer.Typer(
     help="Train audio-text retrieval models on a Ray cluster, with a shared knowledge bank that is refined while "
@@ -143,7 +144,8 @@ def pack(
     """
     from ask_dist.data.corpora.command import pack_with_progress
 
-    pack_with_progress(table, audio_folder or table.parent, folder, split, sample_rate, clips_per_shard, console)
+    with writing(folder):
+        pack_with_progress(table, audio_folder or table.parent, folder, split, sample_rate, clips_per_shard, console)
 
 
 @corpus_app.command("build")
@@ -166,7 +168,8 @@ def corpus_build(
 
     sizes = {name: value for name, value in (("train", train), ("validation", validation), ("test", test)) if value}
     target = folder or Path("shards") / recipe.value.replace("-", "_")
-    build_with_progress(recipe.value, target, seed, sizes, swap_captions, console)
+    with writing(target):
+        build_with_progress(recipe.value, target, seed, sizes, swap_captions, console)
 
 
 @app.callback(invoke_without_command=True)
@@ -176,13 +179,21 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
         raise typer.Exit
 
 
+def _refuse(error: InputError) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Exits with 0, with 2 after an input or configuration error of one line, with 1 otherwise."""
     try:
         app(args=arguments, prog_name="ask-dist")
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _refuse(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _refuse(refusal(Path(error.filename2 or error.filename or "."), error.errno))
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
             raise

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend."""
+"""The one exception for mistakes that a user can mend, and its kind for disks."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The message is one line: the value, the limit and the remedy. The command line prints it and exits with 2.
     """
+
+
+class DiskError(InputError):
+    """A disk that is full or can't be written."""

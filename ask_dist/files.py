@@ -1,9 +1,21 @@
-"""Files that a reader sees either as they were or as they are now, never in between."""
+"""Files that a reader sees either as they were or as they are now, never in between; and disks that refuse them."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ask_dist.errors import DiskError
+
+# What the operating system says of a disk that is full, read-only or forbidden, and hardly of anything else.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -26,3 +38,40 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For a block in which the operating system refuses nothing but writing to `path`, a file or a folder.
+
+    Raises:
+        DiskError: the disk refused; says why, how much of it is free, and what to do.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = error_number(error)
+        if code is None:
+            raise
+        raise refusal(path, code) from error
+
+
+def error_number(error: BaseException) -> int | None:
+    """The operating system's errno in an exception, where there is one."""
+    if isinstance(error, SafetensorError):  # has it in its text alone
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    return error.errno if isinstance(error, OSError) else None
+
+
+def refusal(path: Path, code: int) -> DiskError:
+    """The line for a disk that refused to write `path` with the errno `code`."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    disk = shutil.disk_usage(place)
+    return DiskError(
+        f"{path} can't be written: {os.strerror(code)} ({disk.free / 2**20:.1f} of {disk.total / 2**20:.0f} MiB free); "
+        "free space or make it writable, then run the command again (train and tune: with --resume), or elsewhere "
+        "(output_dir=)"
+    )

@@ -111,8 +111,9 @@ def write_report(run_dir: Path, results: Results) -> None:
     Curves come from the run's metrics.jsonl, where there is one. A value that is not finite becomes null.
     """
     plain: dict[str, Any] = dict.fromkeys((*DIRECTIONS, *_Optional.__annotations__)) | _plain(results)
-    write_text(run_dir / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
     write_text(run_dir / "report.html", _page(run_dir.name, plain, read_series(run_dir / "metrics.jsonl")))
+    # Last, because its presence marks a run as finished.
+    write_text(run_dir / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
 def print_table(results: Results, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,16 @@ from torch import Tensor
 
 from ask_dist.config import Config
 from ask_dist.errors import InputError
-from ask_dist.files import write_atomically
+from ask_dist.files import write_atomically, writing
 
 FORMAT = 1
 MANIFEST, ENGINE = "manifest.json", "engine.safetensors"
+FOLDER = "checkpoints"  # of a run; Ray Train keeps its own files there too
+UNFINISHED = ".unfinished"
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint whose files are not what was written."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,58 @@ def lineage(config: Config, data_fingerprint: str) -> str:
     tree["global_batch_size"] = config.global_batch_size
     tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write(
+    run_dir: Path,
+    keep: int,
+    *,
+    engine: dict[str, Tensor],
+    actors: Mapping[str, Mapping[str, np.ndarray]],
+    global_step: int,
+    samples_seen: int,
+    lineage: str,
+) -> Path:
+    """Writes a checkpoint into a run's folder and removes those that are no longer needed.
+
+    It gets its name once it is whole, and older ones go only then: whatever happens, the last one stays.
+
+    Args:
+        run_dir: the run's folder.
+        keep: how many checkpoints stay, this one included.
+        engine: `Engine.state()`.
+        actors: arrays of the bank and the refiner, by file name.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskError: the disk is full or can't be written.
+    """
+    parent = run_dir / FOLDER
+    folder, unfinished = parent / f"checkpoint_{global_step:09d}", parent / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        with writing(folder):
+            unfinished.mkdir(parents=True)
+            save(
+                unfinished,
+                engine=engine,
+                actors=actors,
+                global_step=global_step,
+                samples_seen=samples_seen,
+                lineage=lineage,
+            )
+            if folder.exists():  # of a step that is taken again, because this one was damaged
+                shutil.rmtree(folder)
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    # Later ones are damaged, or this run would have gone on from them. They are overwritten when it gets there.
+    earlier = [path for path in _checkpoints(run_dir) if path.name < folder.name]
+    for outdated in earlier[: max(0, len(earlier) + 1 - keep)]:
+        shutil.rmtree(outdated, ignore_errors=True)
+    return folder
 
 
 def save(
@@ -80,16 +139,17 @@ def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
     """Reads and verifies a checkpoint's manifest and the digests of its files.
 
     Raises:
-        InputError: no manifest, a damaged file, or a checkpoint of another configuration or corpus.
+        DamagedCheckpoint: no manifest, or a file that is not what it vouches for.
+        InputError: a checkpoint of another configuration, corpus or version.
     """
     try:
         manifest = TypeAdapter(Manifest).validate_json((folder / MANIFEST).read_bytes())
     except OSError as error:
-        raise InputError(f"{folder} is no checkpoint of this program: {error}") from None
+        raise DamagedCheckpoint(f"{folder} is no checkpoint of this program: {error}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or MANIFEST
-        raise InputError(f"{folder} is no checkpoint of this program: {where}: {problem['msg']}") from None
+        raise DamagedCheckpoint(f"{folder} is no checkpoint of this program: {where}: {problem['msg']}") from None
     if manifest.format != FORMAT:
         raise InputError(f"{folder} has checkpoint format {manifest.format}, this version reads {FORMAT}")
     if manifest.lineage != expected_lineage:
@@ -98,11 +158,11 @@ def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
             "differ; restore them or choose another name=..."
         )
     if ENGINE not in manifest.sha256:
-        raise InputError(f"{folder} has a manifest without {ENGINE}; remove {folder}")
+        raise DamagedCheckpoint(f"{folder} has a manifest without {ENGINE}")
     for name, digest in manifest.sha256.items():
         path = folder / Path(name).name
         if not path.is_file() or _sha256(path) != digest:
-            raise InputError(f"{path} is missing or damaged (its SHA-256 differs from the manifest); remove {folder}")
+            raise DamagedCheckpoint(f"{path} is missing or damaged (its SHA-256 differs from the manifest)")
     return manifest
 
 
@@ -117,10 +177,28 @@ def load_actor(folder: Path, name: str) -> dict[str, np.ndarray]:
     return load_arrays(path) if path.is_file() else {}
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    complete = [path.parent for path in (run_dir / "checkpoints").glob(f"checkpoint_*/{MANIFEST}")]
-    return max(complete, key=lambda folder: folder.name, default=None)
+def newest_intact(run_dir: Path, expected_lineage: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run goes on from, None where there is none, and what is wrong with newer ones.
+
+    Raises:
+        InputError: there are checkpoints, but none is intact; or the newest intact one is of another configuration.
+    """
+    damage = []
+    for folder in reversed(_checkpoints(run_dir)):
+        try:
+            load_manifest(folder, expected_lineage)
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+        else:
+            return folder, damage
+    if damage:
+        raise InputError(f"{damage[0]}, and there is no intact one before it; restore it, or start anew: --overwrite")
+    return None, []
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first."""
+    return sorted(run_dir.glob(f"{FOLDER}/checkpoint_*[0-9]"))
 
 
 def _sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from ask_dist.data.shards import stable_id
 from ask_dist.evaluate.drift import auroc, mean_drift, neighbour_overlap
 from ask_dist.evaluate.encode import Encoded, encode, gather_encoded, retrieval_results, search_index
 from ask_dist.evaluate.report import read_series, write_report
+from ask_dist.files import writing
 from ask_dist.models.saved import save_model
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ LIBRARIES = ("torch", "torchaudio", "ray", "deepspeed", "faiss-gpu", "torch-geom
 
 
 def finish(state: TrainState) -> None:
-    """Evaluates the trained model on all ranks and writes the run's results on rank 0. A collective."""
+    """Evaluates the trained model on all ranks and writes the run's results on rank 0. A collective.
+
+    Raises:
+        DiskError: the disk is full or can't be written; the last checkpoint is still there.
+    """
     split = "test" if "test" in state.shards else "validation" if "validation" in state.shards else "train"
     model = state.engine.whole()
     part = encode(model, state.shards[split], state.config, state.rank, state.world_size)
@@ -40,11 +45,13 @@ def finish(state: TrainState) -> None:
         records = bad + encoded.bad
         examples = [{"name": f"{r['shard']}: {r['key']}", "reason": r["reason"]} for r in records[:20]]
         results["quarantine"] = {"count": len(records), "examples": examples}
-        save_model(state.config.run_dir / "model", model)
-        search_index(encoded, split).write(state.config.run_dir / "index")
+        index = search_index(encoded, split)
         if state.log is not None:
             state.log.close()
-        write_report(state.config.run_dir, results)
+        with writing(state.config.run_dir):
+            save_model(state.config.run_dir / "model", model)
+            index.write(state.config.run_dir / "index")
+            write_report(state.config.run_dir, results)
     dist.barrier()
 
 

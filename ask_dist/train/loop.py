@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import out_of_span_share
 from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
-from ask_dist.files import write_atomically
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
 from ask_dist.models.dual_encoder import Features, build_dual_encoder
 from ask_dist.models.text import Vocabulary
@@ -33,8 +31,6 @@ from ask_dist.train import checkpoint, finish
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource
 from ask_dist.train.tracking import MetricsLog, StageClock, last_time
-
-INPUT_ERROR = "input_error.txt"
 
 
 @dataclass
@@ -70,19 +66,15 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
     """Trains from the last checkpoint, or from the start, to the end of the run.
 
     Args:
-        job: `config` (plain mapping), `actors` (handles of `bank` and `refiner`, where the run has them) and `use_gpu`.
+        job: `config` (plain mapping), `actors` (handles of `bank` and `refiner`, where the run has them), `use_gpu`,
+            and `checkpoint` (path of the one that the run goes on from, or None).
+
+    Raises:
+        InputError: whatever the user can mend; a full disk too.
     """
-    config = configuration.parse(job["config"])
-    verdict = config.run_dir / INPUT_ERROR
-    if verdict.exists():  # another rank found the input at fault: a restart can't mend that
-        raise InputError(verdict.read_text(encoding="utf-8"))
-    try:
-        state = set_up(config, job)
-        train(state)
-        finish.finish(state)
-    except InputError as error:
-        write_atomically(verdict, str(error).encode())
-        raise
+    state = set_up(configuration.parse(job["config"]), job)
+    train(state)
+    finish.finish(state)
 
 
 def set_up(config: Config, job: dict[str, Any]) -> TrainState:
@@ -127,7 +119,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         lineage=checkpoint.lineage(config, shards["train"].fingerprint),
         log=MetricsLog(metrics, last_time(metrics)) if rank == 0 else None,
     )
-    resume(state)
+    resume(state, job["checkpoint"])
     return state
 
 
@@ -299,48 +291,54 @@ def evaluate_validation(state: TrainState) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Engine, bank and refiner as they are now. A collective; rank 0 writes, Ray Train keeps."""
+    """Engine, bank and refiner as they are now. A collective; rank 0 writes and tells Ray Train where."""
     engine = state.engine.state()
     if state.rank != 0:
         report(state)
         return
-    arrays = {name: ray.get(actor.state.remote()) for name, actor in state.actors.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(
-            Path(folder),
-            engine=engine,
-            actors=arrays,
-            global_step=state.engine.global_step,
-            samples_seen=state.samples_seen,
-            lineage=state.lineage,
-        )
-        report(state, ray.train.Checkpoint.from_directory(folder))
+    folder = checkpoint.write(
+        state.config.run_dir,
+        state.config.optimization.keep_checkpoints,
+        engine=engine,
+        actors={name: ray.get(actor.state.remote()) for name, actor in state.actors.items()},
+        global_step=state.engine.global_step,
+        samples_seen=state.samples_seen,
+        lineage=state.lineage,
+    )
+    report(state, ray.train.Checkpoint.from_directory(folder))
 
 
 def report(state: TrainState, saved: ray.train.Checkpoint | None = None) -> None:
-    """Tells Ray Train the newest validation scores, and hands a checkpoint over. A collective."""
-    ray.train.report(state.scores | {"step": state.engine.global_step}, checkpoint=saved)
+    """Tells Ray Train the newest validation scores and, on rank 0, the newest checkpoint. A collective."""
+    ray.train.report(
+        state.scores | {"step": state.engine.global_step},
+        checkpoint=saved,
+        checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,  # it lies in the run's folder already
+    )
 
 
-def resume(state: TrainState) -> None:
+def resume(state: TrainState, checkpoint_path: str | None) -> None:
     """Takes up the run's last checkpoint: engine on every rank, bank and refiner by rank 0 for all.
 
-    Without a checkpoint the actors are emptied: workers that were restarted begin anew, and rows of later steps would
-    refuse theirs.
+    That is the last one that Ray Train was told of, if this group of workers replaces one that failed; else
+    `checkpoint_path`, that of an earlier start. Without a checkpoint the actors are emptied: workers that were
+    restarted begin anew, and rows of later steps would refuse theirs.
     """
-    found = ray.train.get_checkpoint()
-    if found is None:
-        if state.rank == 0:
-            ray.get([actor.load_state.remote({}) for actor in state.actors.values()])
-    else:
-        with found.as_directory() as name:
-            load_checkpoint(state, Path(name))
+    reported = ray.train.get_checkpoint()
+    path = reported.path if reported is not None else checkpoint_path
+    if path is not None:
+        load_checkpoint(state, Path(path))
+    elif state.rank == 0:
+        ray.get([actor.load_state.remote({}) for actor in state.actors.values()])
     dist.barrier()
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> None:
     """Puts a verified checkpoint into the engine of this rank and, on rank 0, into the actors."""
-    manifest = checkpoint.load_manifest(folder, state.lineage)
+    try:
+        manifest = checkpoint.load_manifest(folder, state.lineage)
+    except checkpoint.DamagedCheckpoint as error:
+        raise InputError(f"{error}; --resume goes on from the one before it") from None
     state.engine.load_state(checkpoint.load_engine(folder))
     state.samples_seen = manifest.samples_seen
     if state.rank == 0:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 from rich.console import Console
+from rich.markup import escape
 
 from ask_dist import cluster
 from ask_dist import config as configuration
@@ -23,12 +23,13 @@ from ask_dist.data.captions import captions
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.report import print_table
-from ask_dist.files import write_atomically
+from ask_dist.files import DISK_ERRORS, error_number, refusal, write_atomically, writing
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import checkpoint, loop
 from ask_dist.train.progress import live
 
 VOCABULARY_CAPTIONS = 50_000
+RAY_LIST = "checkpoint_manager_snapshot.json"
 
 
 def train(
@@ -44,11 +45,12 @@ def train(
 
     Raises:
         InputError: whatever the user can mend.
+        KeyboardInterrupt: Ctrl-C, after the workers have ended.
     """
     console = console or Console()
     config = config.anchored()
     shards = check_data(config)
-    prepare_folder(config, shards["train"], resume=resume, overwrite=overwrite)
+    found = prepare_folder(config, shards["train"], console, resume=resume, overwrite=overwrite)
     if (config.run_dir / "report.json").is_file():
         console.print(f"{config.run_dir} is finished; --overwrite trains it anew")
         return show(config.run_dir, console)
@@ -57,7 +59,9 @@ def train(
         cluster.check_resources(config)
         actors = cluster.start_actors(config)
         try:
-            fit(config, actors, shards["train"], console)
+            fit(config, actors, shards["train"], console, found)
+        except SystemExit:  # what Ray Train makes of Ctrl-C
+            raise KeyboardInterrupt from None
         finally:
             cluster.stop_actors(actors)
     return show(config.run_dir, console)
@@ -75,26 +79,47 @@ def check_data(config: Config) -> dict[str, ShardList]:
     return shards
 
 
-def prepare_folder(config: Config, train_shards: ShardList, *, resume: bool, overwrite: bool) -> None:
-    """Makes the run's folder with its resolved config.yaml and tokenizer, or checks that it can be continued."""
+def prepare_folder(
+    config: Config, train_shards: ShardList, console: Console, *, resume: bool, overwrite: bool
+) -> Path | None:
+    """Makes the run's folder with its resolved config.yaml and tokenizer, or checks that it can be continued.
+
+    Returns:
+        The checkpoint to go on from, if there is one. Newer ones that are damaged are named on the console.
+
+    Raises:
+        InputError: the folder is in use, can't be continued, or can't be written.
+    """
     folder = config.run_dir
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if folder.is_dir() and any(folder.iterdir()) and not (resume or overwrite):
         raise InputError(f"{folder} holds a run already; add --resume, --overwrite or name=ANOTHER")
-    try:
+    with writing(folder):
+        if overwrite and folder.is_dir():
+            shutil.rmtree(folder)
         (folder / "model").mkdir(parents=True, exist_ok=True)
-        (folder / loop.INPUT_ERROR).unlink(missing_ok=True)
-        found = checkpoint.latest(folder)
-        if found is not None:
-            checkpoint.load_manifest(found, checkpoint.lineage(config, train_shards.fingerprint))
+        # Ray Train would insist on every checkpoint that it once listed there. The folders say what there is.
+        (folder / checkpoint.FOLDER / RAY_LIST).unlink(missing_ok=True)
+    found, damage = checkpoint.newest_intact(folder, checkpoint.lineage(config, train_shards.fingerprint))
+    for problem in damage:
+        console.print(f"[yellow]warning:[/] {escape(problem)}; going on from {found}", highlight=False, soft_wrap=True)
+    vocabulary = folder / "model" / Vocabulary.FILE
+    learned = None
+    if not vocabulary.is_file():
+        learned = Vocabulary.train(captions(train_shards, VOCABULARY_CAPTIONS), config.model.text.vocabulary)
+    with writing(folder):
         write_atomically(folder / "config.yaml", configuration.dump(config).encode())
-        vocabulary = folder / "model" / Vocabulary.FILE
-        if not vocabulary.is_file():
-            learned = Vocabulary.train(captions(train_shards, VOCABULARY_CAPTIONS), config.model.text.vocabulary)
+        if learned is not None:
             write_atomically(vocabulary, learned.tokenizer.to_str().encode())
-    except OSError as error:
-        raise InputError(f"{folder} can't be written ({error.strerror}); free space or set output_dir=") from None
+    return found
+
+
+class EndAtInputError(UserCallback):
+    """Ends a run at a worker's InputError: a restart can't mend that, so none of `max_failures` is spent on it."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, InputError):
+                raise error  # whatever a callback raises ends the run, as a ControllerError
 
 
 def fit(
@@ -102,16 +127,21 @@ def fit(
     actors: dict[str, Any],
     train_shards: ShardList,
     console: Console,
+    found: Path | None = None,
     callbacks: Sequence[UserCallback] = (),
 ) -> None:
-    """Trains with Ray Train V2; InputErrors of workers come back as such.
+    """Trains with Ray Train V2.
 
     Args:
         config: the run, with absolute paths.
         actors: of `cluster.start_actors`.
         train_shards: the training split.
         console: where progress is shown.
+        found: the checkpoint to go on from.
         callbacks: of Ray Train, such as Tune's that forwards reports.
+
+    Raises:
+        InputError: a worker met one, or the disk refused to take Ray Train's own files.
     """
     gpu = cluster.use_gpu(config)
     scaling = ScalingConfig(
@@ -120,15 +150,15 @@ def fit(
         resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
     )
     run_config = RunConfig(
-        name="checkpoints",
+        name=checkpoint.FOLDER,
         storage_path=str(config.run_dir),
         failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-        callbacks=list(callbacks),
-        checkpoint_config=CheckpointConfig(num_to_keep=config.optimization.keep_checkpoints),
+        callbacks=[EndAtInputError(), *callbacks],
     )
+    job = {"config": config.model_dump(mode="json"), "actors": actors, "use_gpu": gpu}
     trainer = TorchTrainer(
         loop.train_loop_per_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "actors": actors, "use_gpu": gpu},
+        train_loop_config=job | {"checkpoint": None if found is None else str(found)},
         scaling_config=scaling,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=run_config,
@@ -137,11 +167,12 @@ def fit(
     try:
         with live(console, config.run_dir / "metrics.jsonl", total):
             trainer.fit()
-    except TrainingFailedError:
-        verdict = config.run_dir / loop.INPUT_ERROR
-        if verdict.is_file():
-            raise InputError(verdict.read_text(encoding="utf-8")) from None
-        raise
+    except ControllerError as error:
+        cause = error.controller_failure
+        code = error_number(cause)
+        if code in DISK_ERRORS:
+            raise refusal(config.run_dir / checkpoint.FOLDER, code) from None
+        raise (cause if isinstance(cause, InputError) else error) from None
 
 
 def steps_per_epoch(config: Config, shards: ShardList) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ask_dist.files import writing
+
 
 class MetricsLog:
     """Appends rows to a run's metrics.jsonl: {"step": ..., "time": seconds of the run, "<metric>": number, ...}.
@@ -17,19 +19,25 @@ class MetricsLog:
     Args:
         path: the file; a resumed run goes on in it.
         elapsed: seconds that the run had taken before it was resumed.
+
+    Raises:
+        DiskError: here and in `log`, the disk is full or can't be written.
     """
 
     def __init__(self, path: Path, elapsed: float = 0.0) -> None:
-        _drop_cut_line(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the length of the run)
+        self._path = path
+        with writing(path):
+            _drop_cut_line(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the length of the run)
         self._start = time.monotonic() - elapsed
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Writes one row at once, so that whoever follows the file sees it; values that are not finite become null."""
         row: dict[str, float | None] = {"step": step, "time": round(time.monotonic() - self._start, 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ask_dist import cluster
 from ask_dist import config as configuration
-from ask_dist.errors import InputError
-from ask_dist.files import write_atomically
+from ask_dist.errors import DiskError, InputError
+from ask_dist.files import write_atomically, writing
 from ask_dist.train import run
 from ask_dist.tune.space import Distribution, Sweep
 
 BEST = "best.yaml"
 TRIAL_MEMORY = 512 * 2**20
+RESERVE = 2**20
 
 
 def tune(sweep: Sweep, console: Console, *, resume: bool = False) -> Path:
@@ -37,20 +41,61 @@ def tune(sweep: Sweep, console: Console, *, resume: bool = False) -> Path:
 
     Raises:
         InputError: the folder is in use, the base run can't start, or no trial reported the metric.
+        DiskError: the folder can't be written, now or later.
+        KeyboardInterrupt: Ctrl-C, after Ray Tune has written where it stands.
     """
     folder = (sweep.output_dir / sweep.name).absolute()
     base = sweep.trial_config({}, sweep.name, sweep.output_dir).anchored()
     run.check_data(base)
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise InputError(f"{folder} holds a sweep already; add --resume or name=ANOTHER")
-    folder.mkdir(parents=True, exist_ok=True)
+    reserve = folder / ".reserve"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        reserve.write_bytes(bytes(RESERVE))
+    # Why a trial failed stands in its error file, which the table names; here it would bury the one line at the end.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     with cluster.session(base):
         cluster.check_resources(base)
-        results = _tuner(sweep, folder, resume).fit()
+        results = _tuner(sweep, folder, resume, Watch(reserve)).fit()
+    reserve.unlink(missing_ok=True)
+    if Watch.disk_errors:
+        raise Watch.disk_errors[0]
+    if Watch.unfinished or len(results) < sweep.trials:
+        raise KeyboardInterrupt  # Ray Tune catches it to write its state, and returns as if nothing had been
     return _conclude(sweep, results, folder, console)
 
 
-def _tuner(sweep: Sweep, folder: Path, resume: bool) -> ray_tune.Tuner:
+class Watch(ray_tune.Callback):
+    """Learns how a sweep ends, and ends it once a trial could not write, as Ctrl-C does, with its state whole on disk.
+
+    Ray Tune writes its state over the older one, so a full disk would cut it off. A little space is therefore
+    reserved from the start, and given back for the last write.
+
+    Args:
+        reserve: the file that takes the space.
+    """
+
+    # Of the class, since a resumed sweep has an instance of its own, out of Ray Tune's file.
+    disk_errors: ClassVar[list[DiskError]] = []
+    unfinished: ClassVar[list[str]] = []
+
+    def __init__(self, reserve: Path) -> None:
+        self._reserve = reserve
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        cause = getattr(pickle.loads(Path(trial.pickled_error_file).read_bytes()), "cause", None)
+        if isinstance(cause, DiskError):
+            self.disk_errors.append(cause)
+            self._reserve.unlink(missing_ok=True)
+            signal.raise_signal(signal.SIGUSR1)  # Ray Tune's: writes its state and ends
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.unfinished[:] = [trial.trial_id for trial in trials if not trial.is_finished()]
+
+
+def _tuner(sweep: Sweep, folder: Path, resume: bool, watch: Watch) -> ray_tune.Tuner:
     # The function itself reserves no core, its workers do; Tune refuses a trial that reserves nothing at all.
     trial = ray_tune.with_resources(
         ray_tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), working_dir=os.getcwd()),
@@ -76,7 +121,7 @@ def _tuner(sweep: Sweep, folder: Path, resume: bool) -> ray_tune.Tuner:
             trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
         ),
-        run_config=ray_tune.RunConfig(name="trials", storage_path=str(folder), verbose=1),
+        run_config=ray_tune.RunConfig(name="trials", storage_path=str(folder), verbose=1, callbacks=[watch]),
     )
 
 
@@ -89,10 +134,11 @@ def run_trial(sample: dict[str, Any], *, sweep: dict[str, Any], working_dir: str
     sample = sample | {"optimization.checkpoint_every": 1e9}
     config = parsed.trial_config(sample, f"trial_{ray_tune.get_context().get_trial_id()}", folder).anchored()
     shards = run.check_data(config)
-    run.prepare_folder(config, shards["train"], resume=True, overwrite=False)
+    console = Console(quiet=True)
+    run.prepare_folder(config, shards["train"], console, resume=True, overwrite=False)
     actors = cluster.start_actors(config)
     try:
-        run.fit(config, actors, shards["train"], Console(quiet=True), callbacks=[TuneReportCallback()])
+        run.fit(config, actors, shards["train"], console, callbacks=[TuneReportCallback()])
     finally:
         cluster.stop_actors(actors)
 
@@ -116,7 +162,8 @@ def _conclude(sweep: Sweep, results: ray_tune.ResultGrid, folder: Path, console:
     if not scored:
         raise InputError(f"no trial reported {sweep.metric}; see {folder}/trials and optimization.evaluate_every")
     scored.sort(key=lambda entry: -entry[0])
-    table = Table(sweep.metric, *sweep.search, "evaluations", title=sweep.name, title_justify="left")
+    columns = (Column(name, overflow="fold") for name in (sweep.metric, *sweep.search, "evaluations"))
+    table = Table(*columns, title=sweep.name, title_justify="left")
     for score, result in scored:
         values = [f"{result.config[key]:.3g}" for key in sweep.search]
         table.add_row(f"{score:.2f}", *values, str(result.metrics.get("training_iteration", "")))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_one_flipped_byte_is_refused(saved, name, place):
     content = bytearray((saved / name).read_bytes())
     content[place] ^= 1
     (saved / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name} is missing or damaged .* remove"):
+    with pytest.raises(InputError, match=rf"{name} is missing or damaged"):
         checkpoint.load_manifest(saved, LINEAGE)
 
 
@@ -196,13 +197,67 @@ def test_other_shards_change_the_lineage():
     assert checkpoint.lineage(config_with(), "data") != checkpoint.lineage(config_with(), "other data")
 
 
-def test_the_newest_complete_checkpoint_is_the_latest(tmp_path):
-    assert checkpoint.latest(tmp_path) is None
-    for name in ("checkpoint_2026-01-02_00-00-00.1", "checkpoint_2026-01-01_00-00-00.2"):
-        folder = tmp_path / "checkpoints" / name
-        folder.mkdir(parents=True)
-        checkpoint.save(folder, engine=ENGINE, actors={}, global_step=1, samples_seen=1, lineage=LINEAGE)
-    (tmp_path / "checkpoints" / "checkpoint_2026-01-03_00-00-00.0").mkdir()  # cut off before its manifest
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    assert found.name == "checkpoint_2026-01-02_00-00-00.1"
+def write(run: Path, step: int, keep: int = 9) -> Path:
+    return checkpoint.write(
+        run, keep, engine=ENGINE, actors={"bank": BANK}, global_step=step, samples_seen=1, lineage=LINEAGE
+    )
+
+
+def damage(folder: Path) -> None:
+    (folder / checkpoint.ENGINE).write_bytes(b"cut short")
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / checkpoint.FOLDER).iterdir())
+
+
+def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path):
+    for step in (90, 100, 110):
+        write(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["checkpoint_000000100", "checkpoint_000000110"]
+    write(tmp_path, 120, keep=1)
+    assert names(tmp_path) == ["checkpoint_000000120"]
+
+
+def test_a_run_goes_on_from_its_newest_intact_checkpoint(tmp_path):
+    assert checkpoint.newest_intact(tmp_path, LINEAGE) == (None, [])
+    first, second, third = (write(tmp_path, step) for step in (10, 20, 30))
+    assert checkpoint.newest_intact(tmp_path, LINEAGE) == (third, [])
+    damage(third)
+    found, problems = checkpoint.newest_intact(tmp_path, LINEAGE)
+    assert found == second
+    assert [str(third / checkpoint.ENGINE) in problem for problem in problems] == [True]
+    shutil.rmtree(second)
+    assert checkpoint.newest_intact(tmp_path, LINEAGE)[0] == first
+
+
+def test_no_intact_checkpoint_is_no_reason_to_begin_anew(tmp_path):
+    damage(write(tmp_path, 10))
+    with pytest.raises(InputError, match=r"engine\.safetensors is missing or damaged .* no intact one .* --overwrite"):
+        checkpoint.newest_intact(tmp_path, LINEAGE)
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    write(tmp_path, 10, keep=1)
+    damage(write(tmp_path, 30))
+    assert write(tmp_path, 20, keep=1) == checkpoint.newest_intact(tmp_path, LINEAGE)[0]
+    assert write(tmp_path, 30, keep=1) == checkpoint.newest_intact(tmp_path, LINEAGE)[0]
+    assert names(tmp_path) == ["checkpoint_000000030"]
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path, small_disk):
+    kept = write(small_disk, 10)
+    large = {"model.weight": torch.zeros(2**20)}
+    with pytest.raises(InputError, match=r"checkpoint_000000020 can't be written: No space left on device"):
+        checkpoint.write(small_disk, 1, engine=large, actors={}, global_step=20, samples_seen=1, lineage=LINEAGE)
+    assert names(small_disk) == [kept.name]
+    assert checkpoint.newest_intact(small_disk, LINEAGE) == (kept, [])
+
+
+def test_what_a_killed_run_left_unfinished_is_no_checkpoint(tmp_path):
+    unfinished = tmp_path / checkpoint.FOLDER / checkpoint.UNFINISHED
+    unfinished.mkdir(parents=True)
+    (unfinished / checkpoint.ENGINE).write_bytes(b"half")
+    assert checkpoint.newest_intact(tmp_path, LINEAGE) == (None, [])
+    assert write(tmp_path, 10) == checkpoint.newest_intact(tmp_path, LINEAGE)[0]
+    assert not unfinished.exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ask_dist.errors import InputError
 from ask_dist.train.progress import Follower
 from ask_dist.train.tracking import MetricsLog, StageClock, last_time
 
@@ -68,6 +69,11 @@ def test_a_follower_sees_the_rows_of_the_resumed_run_alone(tmp_path):
     log.log({}, 4)
     assert [row["step"] for row in follower.rows()] == [4]
     assert list(follower.rows()) == []
+
+
+def test_a_full_disk_is_one_line():
+    with pytest.raises(InputError, match="/dev/full can't be written: No space left on device"):
+        MetricsLog(Path("/dev/full")).log({}, 1)
 
 
 @pytest.mark.parametrize("content", ["", "no JSON\n", "[1]\n", '{"step": 1}\n', '{"time": null}\n'])
