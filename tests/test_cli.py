@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from ask_dist import cli
 from ask_dist.data.pack import write_shards
@@ -128,6 +129,25 @@ def test_an_output_folder_that_cant_be_made(command, config, tmp_path, refused):
     line = refused(command, config, f"output_dir={tmp_path / 'file'}")
     assert "output_dir=" in line
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_under_shards_is_one_line(tmp_path, small_disk, refused):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 30 * RATE)
+    lines = ["audio,caption"]
+    for number in range(4):
+        soundfile.write(tmp_path / f"{number}.wav", noise, RATE)
+        lines.append(f"{number}.wav,noise number {number}")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    line = refused("pack", tmp_path / "table.csv", small_disk / "shards")
+    assert f"{small_disk / 'shards'} can't be written: No space left on device (" in line
+    assert "of 1 MiB free)" in line
+
+
+def test_shards_where_a_file_is_in_the_way(tmp_path, refused):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(RATE) / 10), RATE)
+    (tmp_path / "table.csv").write_text("audio,caption\na.wav,a tone")
+    assert "can't be written" in refused("pack", tmp_path / "table.csv", tmp_path / "a.wav")
+    assert "can't be written" in refused("corpus", "build", "sampled-scenes", tmp_path / "a.wav")
 
 
 def test_an_existing_run_is_not_written_over(config, tmp_path, refused):

@@ -198,9 +198,7 @@ def recordings(folder: Path) -> None:
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
 
 
-@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
 def test_bringing_your_own_data_works_as_the_readme_says(tmp_path):
     section = README.read_text().split("## Your own data")[1].split("Two corpora can be built")[0]
     recordings(tmp_path)

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from ask_dist import config as configuration
 
 pytestmark = pytest.mark.ray
 
@@ -64,7 +67,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     try:
         yield env
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        os.killpg(head.pid, signal.SIGKILL)  # SIGTERM would take half a minute
         head.wait(timeout=60)
 
 
@@ -73,8 +76,8 @@ def submit(env: dict[str, str], *command: str) -> subprocess.CompletedProcess[st
     return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.timeout(360)
-def test_a_submitted_job_trains_and_is_refused_without_the_token(
+@pytest.mark.timeout(420)
+def test_submitted_jobs_train_score_and_tune_and_are_refused_without_the_token(
     cluster: dict[str, str], config_file: Path, tmp_path: Path
 ) -> None:
     subprocess.run([sys.executable, "-c", WAIT], env=cluster, check=True, timeout=90)
@@ -87,3 +90,18 @@ def test_a_submitted_job_trains_and_is_refused_without_the_token(
     assert report["throughput"]["samples_seen"] == 320
     scored = submit(cluster, sys.executable, "jobs/evaluate.py", str(tmp_path / "runs" / "tones"))
     assert scored.returncode == 0, scored.stdout[-3000:]
+
+    sweep = {
+        "name": "sweep",
+        "base": str(config_file),
+        "output_dir": str(tmp_path / "sweeps"),
+        "overrides": {"cluster.num_workers": 1, "optimization.epochs": 2, "optimization.evaluate_every": 1},
+        "search": {"knowledge.start": {"uniform": [0.1, 0.3]}},
+        "trials": 2,
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    tuned = submit(cluster, sys.executable, "jobs/tune.py", str(tmp_path / "sweep.yaml"))
+    assert tuned.returncode == 0, tuned.stdout[-3000:] + tuned.stderr[-3000:]
+    assert "2 of 2 trials scored" in tuned.stdout
+    best = configuration.load(tmp_path / "sweeps" / "sweep" / "best.yaml")
+    assert 0.1 <= best.knowledge.start <= 0.3
