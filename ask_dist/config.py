@@ -106,25 +106,28 @@ class Optimization(Section):
 
 
 class Reliability(Section):
-    """How much a pair is trusted, by the agreement of its audio's and its text's neighbours."""
+    """How much a pair is trusted, by how its halves agree about the bank, against wrong pairs."""
 
     enabled: bool = True
-    gamma: Weight = Field(2.0, description="power of r / mean r; 0 weighs all pairs alike")
+    gamma: Weight = Field(
+        50.0, description="weight r^(gamma x estimated share of wrong pairs); 0 weighs all pairs alike"
+    )
+    momentum: Share = Field(0.7, description="of the running mean of r that the bank keeps a pair")
     shape: Positive = Field(3.0, description="divides the per-query temperature (best - nth best similarity)")
     rank: Annotated[int, Field(ge=2)] = Field(32, description="the n of the nth best similarity")
-    start: Share = Field(0.2, description="share of the run after which pairs are weighted")
+    start: Share = Field(0.12, description="share of the run after which pairs are weighted")
 
 
 class Knowledge(Section):
     """What the bank contributes to the loss."""
 
     enabled: bool = True
-    start: Share = Field(0.3, description="share of the run after which the knowledge terms join; before it they hurt")
+    start: Share = Field(0.25, description="share of the run after which the knowledge terms join; before it they hurt")
     neighbours: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="rows a query, modality and search")
     temperature: Positive = Field(0.07, description="of the distributions that the consistency terms compare")
     half_life: Positive = Field(2.0, description="epochs after which a row that was not renewed counts half")
-    contrast_weight: Share = Field(0.3, description="share of the contrast that the neighbours join (fine)")
-    consistency_weight: Weight = Field(0.5, description="agreement over the neighbours (fine)")
+    contrast_weight: Share = Field(0.5, description="share of the contrast that is against the bank (fine)")
+    consistency_weight: Weight = Field(1.0, description="agreement over the neighbours (fine)")
     coarse_weight: Weight = Field(0.25, description="agreement over the prototypes (coarse)")
     reliability: Reliability = Reliability()
 

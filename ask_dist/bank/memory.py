@@ -25,13 +25,15 @@ PER_ROW = {"ids": np.int64, "step": np.int64, "frame": np.int64, "version": np.i
 
 @dataclass(frozen=True)
 class Knowledge:
-    """An answer to `search_ids`: m rows of the bank, in the bank's row order, and how fresh they are.
+    """An answer to `search_ids`: m rows of the bank, in the bank's row order, and the stored rows of the n asked ids.
 
     Attributes:
-        ids: int64 [m].
+        ids: int64 [m], none of them asked for.
         audio, text: float16 [m, d], unit length.
         reliability: float32 [m].
         age: int64 [m], global steps between the bank's newest row and the weights this row is valid for.
+        own_audio, own_text: float16 [n, d], the asked ids' own rows in the order asked; zeros where the id is unknown.
+        own_age: int64 [n]; -1 where the id is unknown. own_reliability: float32 [n]; -1 where that is not known.
         generation: commits so far. rows: rows in the bank. newest_step: the global step of its newest row.
     """
 
@@ -40,6 +42,10 @@ class Knowledge:
     text: np.ndarray
     reliability: np.ndarray
     age: np.ndarray
+    own_audio: np.ndarray
+    own_text: np.ndarray
+    own_age: np.ndarray
+    own_reliability: np.ndarray
     generation: int
     rows: int
     newest_step: int
@@ -139,7 +145,8 @@ class KnowledgeBank:
         Rows with a non-finite value, and rows older than what is stored, are dropped and counted as rejected.
 
         Args:
-            ids: int64 [n]. audio, text: [n, dim], any float dtype. reliability: [n], or None for 1.
+            ids: int64 [n]. audio, text: [n, dim], any float dtype. reliability: [n], -1 where it is
+                not known, or None for 1.
 
         Returns:
             Rows written.
@@ -163,7 +170,8 @@ class KnowledgeBank:
             rows = self._with_new_rows(ids, rows, keep)
             self._write(rows, audio[keep], text[keep], step)
             self._meta["step"][rows] = step
-            self._meta["reliability"][rows] = reliability[keep]
+            told = reliability[keep] >= 0  # a step that could not tell leaves what was known before
+            self._meta["reliability"][rows[told]] = reliability[keep][told]
             if len(rows):
                 self._newest_step = max(self._newest_step, step)
             self._counts["upserts"] += len(rows)
@@ -171,17 +179,17 @@ class KnowledgeBank:
         return len(rows)
 
     def search_ids(self, ids: np.ndarray, k: int) -> Knowledge:
-        """The union of the k nearest rows by audio and by text to each *stored* row of these ids.
+        """The union of the k nearest rows by audio and by text to each *stored* row of these ids, and these rows.
 
-        The asked ids themselves are never in the answer; an unknown id is not used as a query. The filters given at
-        construction leave out neighbours afterwards: a neighbour that is not trusted is not replaced by a farther one.
+        The asked ids themselves are never among the neighbours; an unknown id is not used as a query. The filters given
+        at construction leave out neighbours afterwards: one that is not trusted is not replaced by a farther one.
         """
         with self._lock:
             self._counts["searches"] += 1
             rows = self._rows(ids)
             queried = np.unique(rows[rows >= 0])
             found = [self._neighbours(index, queried, k) for index in self._index.values()]
-            return self._knowledge(self._trusted(np.unique(np.concatenate(found))))
+            return self._knowledge(self._trusted(np.unique(np.concatenate(found))), rows)
 
     def search(self, queries: np.ndarray, k: int, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
         """The nearest rows to free queries [n, dim] by `modality`, exactly.
@@ -294,6 +302,7 @@ class KnowledgeBank:
         rows = rows.copy()
         rows[new] = np.arange(count, total)
         self._meta["ids"][rows[new]] = ids[new]
+        self._meta["reliability"][rows[new]] = -1.0
         self._row_of.update(zip(ids[new].tolist(), rows[new].tolist(), strict=True))
         return rows[keep]
 
@@ -316,18 +325,31 @@ class KnowledgeBank:
         return np.concatenate([first, more[others & (np.cumsum(others, axis=1) <= k)]])
 
     def _trusted(self, rows: np.ndarray) -> np.ndarray:
-        keep = self._meta["reliability"][rows] >= self._minimum_reliability
+        reliability = self._meta["reliability"][rows]
+        keep = (reliability >= self._minimum_reliability) | (reliability < 0)
         if self._max_age is not None:
             keep &= self._newest_step - self._meta["frame"][rows] <= self._max_age
         return rows[keep]
 
-    def _knowledge(self, rows: np.ndarray) -> Knowledge:
+    def _knowledge(self, rows: np.ndarray, asked: np.ndarray) -> Knowledge:
+        known = asked >= 0
+        own = {}
+        for modality, index in self._index.items():
+            own[modality] = np.zeros((len(asked), self._dim), np.float16)
+            own[modality][known] = index.rows[asked[known]]
+        own_age, own_reliability = np.full(len(asked), -1), np.full(len(asked), -1.0, np.float32)
+        own_age[known] = self._newest_step - self._meta["frame"][asked[known]]
+        own_reliability[known] = self._meta["reliability"][asked[known]]
         return Knowledge(
             ids=self._meta["ids"][rows],
             audio=self._index["audio"].rows[rows].astype(np.float16),
             text=self._index["text"].rows[rows].astype(np.float16),
             reliability=self._meta["reliability"][rows],
             age=self._newest_step - self._meta["frame"][rows],
+            own_audio=own["audio"],
+            own_text=own["text"],
+            own_age=own_age,
+            own_reliability=own_reliability,
             generation=self._generation,
             rows=len(self),
             newest_step=self._newest_step,

@@ -1,4 +1,4 @@
-"""In-batch and out-of-batch contrast."""
+"""Contrast in the global batch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ def contrast_masks(batch: GlobalBatch, local: int) -> tuple[Tensor, Tensor]:
     return own | (batch.valid & ~same), target
 
 
-def info_nce(logits: Tensor, allowed: Tensor, target: Tensor, extra: Tensor | None = None) -> Tensor:
+def info_nce(logits: Tensor, allowed: Tensor, target: Tensor) -> Tensor:
     """InfoNCE (van den Oord et al. 2018, equation 4) of each row, in nats.
 
     Args:
         logits: float [local, global], already scaled.
         allowed: bool [local, global], see `contrast_masks`.
         target: int64 [local].
-        extra: float [local, rows] scaled logits of further negatives, -inf for those that do not count.
 
     Returns:
         float [local].
     """
     logits = logits.masked_fill(~allowed, float("-inf"))
     positive = logits.gather(1, target.unsqueeze(1)).squeeze(1)
-    columns = logits if extra is None else torch.cat([logits, extra], dim=1)
-    return columns.logsumexp(dim=1) - positive
+    return logits.logsumexp(dim=1) - positive
 
 
 def weighted_mean(per_row: Tensor, weights: Tensor, batch: GlobalBatch) -> Tensor:

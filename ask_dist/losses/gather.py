@@ -16,7 +16,6 @@ class GlobalBatch:
 
     Attributes:
         audio_features, text_features: float32 [global, dim].
-        reliability: float32 [global], no gradient.
         ids: int64 [global]; valid: bool [global], False for slots that padding or a bad sample left empty.
         offset: index of this rank's first row.
         world_size: number of ranks.
@@ -24,16 +23,13 @@ class GlobalBatch:
 
     audio_features: Tensor
     text_features: Tensor
-    reliability: Tensor
     ids: Tensor
     valid: Tensor
     offset: int
     world_size: int
 
 
-def gather(
-    audio_features: Tensor, text_features: Tensor, reliability: Tensor, ids: Tensor, valid: Tensor
-) -> GlobalBatch:
+def gather(audio_features: Tensor, text_features: Tensor, ids: Tensor, valid: Tensor) -> GlobalBatch:
     """Collects the batches of all ranks; without torch.distributed, the local batch is the global one.
 
     Gathering *with* gradient is what makes the averaged gradient of several ranks that of one process over the whole
@@ -42,19 +38,17 @@ def gather(
     Args: as `GlobalBatch`, with [local] in place of [global]; every rank must pass the same number of rows.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return GlobalBatch(audio_features, text_features, reliability, ids, valid, 0, 1)
+        return GlobalBatch(audio_features, text_features, ids, valid, 0, 1)
     dim = audio_features.shape[1]
-    # One collective for all that is known only now: on small batches latency counts, not volume.
-    rows = torch.cat([audio_features, text_features, reliability.unsqueeze(1).to(audio_features.dtype)], dim=1)
-    everything = torch.cat(tuple(all_gather_with_gradient(rows)))
+    # One collective for both: on small batches latency counts, not volume.
+    everything = torch.cat(tuple(all_gather_with_gradient(torch.cat([audio_features, text_features], dim=1))))
     labels = torch.stack([ids, valid.to(ids.dtype)])
     all_labels = [torch.empty_like(labels) for _ in range(dist.get_world_size())]
     dist.all_gather(all_labels, labels)
     all_ids, all_valid = torch.cat(all_labels, dim=1)
     return GlobalBatch(
         everything[:, :dim],
-        everything[:, dim : 2 * dim],
-        everything[:, 2 * dim].detach(),
+        everything[:, dim:],
         all_ids,
         all_valid.bool(),
         dist.get_rank() * len(ids),

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ask_dist.losses.gather import GlobalBatch
-from ask_dist.losses.reliability import jensen_shannon
-
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Rows of the bank near to the batch, and prototypes of the whole bank; none of it has a gradient.
+    """Rows of the bank near to the batch, the batch's own stored rows, and prototypes of the whole bank.
+
+    None of it has a gradient.
 
     Attributes:
-        ids: int64 [rows].
+        ids: int64 [rows], none of them this rank's.
         audio, text: float32 [rows, dim], unit rows, paired.
         age: float32 [rows], global steps since the row was last right (encoded or refined).
+        own_audio, own_text: float32 [local, dim], what the bank holds of this rank's own pairs.
+        own_age: float32 [local]; -1 where the bank does not hold the pair.
+        own_reliability: float32 [local], running mean; -1 where it is not known.
+        reliability: float32 [rows], the same of the rows.
         prototypes: pairs of float32 [p, dim] (audio, text), one a granularity; may be empty.
     """
 
@@ -27,29 +31,68 @@ class Neighbours:
     audio: Tensor
     text: Tensor
     age: Tensor
+    own_audio: Tensor
+    own_text: Tensor
+    own_age: Tensor
+    own_reliability: Tensor
+    reliability: Tensor
     prototypes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def of(cls, answer: Any, prototypes: Any = None, device: torch.device | str = "cpu") -> Neighbours:
+        """The bank's answer (`bank.memory.Knowledge`) and its prototypes (`bank.prototypes.Prototypes`) as tensors.
 
-def extra_logits(
-    features: Tensor, rows: Tensor, neighbours: Neighbours, batch: GlobalBatch, scale: Tensor, half_life: float
-) -> Tensor:
-    """Scaled logits of the bank's rows as further negatives, fine granularity.
+        They are copied: what comes through Ray is a read-only view of shared memory.
+        """
 
-    A row of age `half_life` counts half. Rows that are in the global batch are there already, fresh: they do not count.
+        def floats(array: Any) -> Tensor:
+            return torch.tensor(array, dtype=torch.float32, device=device)
+
+        named = {name.name: floats(getattr(answer, name.name)) for name in fields(cls)[1:-1]}
+        levels = [(floats(audio), floats(text)) for audio, text in prototypes.levels] if prototypes else []
+        return cls(torch.tensor(answer.ids, device=device), **named, prototypes=levels)
+
+
+def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of each row (Lin 1991, equation 3.8), in nats, between 0 and ln 2.
 
     Args:
-        features: float [local, dim]; rows: float [rows, dim], the other modality.
+        log_p, log_q: float [rows, outcomes], log-probabilities.
+
+    Returns:
+        float [rows].
+    """
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    p_term = (log_p.exp() * (log_p - log_m)).sum(dim=1)
+    q_term = (log_q.exp() * (log_q - log_m)).sum(dim=1)
+    return 0.5 * (p_term + q_term)
+
+
+def bank_contrast(
+    features: Tensor, own: Tensor, rows: Tensor, neighbours: Neighbours, scale: Tensor, half_life: float
+) -> Tensor:
+    """InfoNCE of each query against the bank alone, fine granularity: its own stored row against the others.
+
+    The right answer comes from the bank too. A fresh one would differ from all the others in its age, and telling young
+    rows from old ones is easier than telling sounds apart: the encoders would learn to drift (docs/method.md).
+    A row that is older than the own one by `half_life` counts half.
+
+    Args:
+        features: float [local, dim], queries with gradient.
+        own: float [local, dim], the stored other half of each query's pair.
+        rows: float [rows, dim], the other modality's half of the neighbours.
         half_life: global steps.
 
     Returns:
-        float [local, rows].
+        float [local] in nats; meaningless where `own_age` is -1.
     """
-    fade = neighbours.age * (-math.log(2.0) / half_life)
-    fade = fade.masked_fill(torch.isin(neighbours.ids, batch.ids), float("-inf"))
-    return scale * (features @ rows.T) + fade
+    positive = scale * (features * own).sum(dim=1)
+    older = (neighbours.age - neighbours.own_age.unsqueeze(1)).clamp(min=0.0)
+    negatives = scale * (features @ rows.T) - older * (math.log(2.0) / half_life)
+    return torch.cat([positive.unsqueeze(1), negatives], dim=1).logsumexp(dim=1) - positive
 
 
 def consistency(

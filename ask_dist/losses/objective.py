@@ -10,8 +10,14 @@ from torch import Tensor
 from ask_dist.config import Knowledge
 from ask_dist.losses.contrastive import contrast_masks, info_nce, weighted_mean
 from ask_dist.losses.gather import GlobalBatch, gather
-from ask_dist.losses.injection import Neighbours, consistency, extra_logits
-from ask_dist.losses.reliability import UNKNOWN, pair_reliability, reliability_weights
+from ask_dist.losses.injection import Neighbours, bank_contrast, consistency
+from ask_dist.losses.reliability import (
+    UNKNOWN,
+    pair_reliability,
+    reliability_weights,
+    running_reliability,
+    wrong_share,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class ObjectiveOutput:
     Attributes:
         loss: scalar with gradient; average gradients over ranks (as DDP and DeepSpeed do).
         terms: detached scalars by name: contrast, consistency, coarse.
-        reliability: float32 [local], r of each local pair in [0, 1]; -1 where the bank said nothing.
+        reliability: float32 [local], running mean of r of each local pair in [0, 1]; -1 where nothing is known.
         knowledge_used: whether the knowledge terms took part.
         batch: the global batch that the loss was taken over.
     """
@@ -41,7 +47,7 @@ class AskObjective:
 
     Args:
         knowledge: weights, temperatures and gates.
-        half_life: global steps after which a bank row counts half as a negative.
+        half_life: a bank row that is older by so many global steps than the pair's own counts half as a negative.
     """
 
     def __init__(self, knowledge: Knowledge, half_life: float = float("inf")) -> None:
@@ -69,9 +75,9 @@ class AskObjective:
             progress: share of the run that lies behind, for the gates.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-        reliability = self._reliability(audio_features, text_features, neighbours)
-        batch = gather(audio_features, text_features, reliability, ids, valid)
-        weights = self._weights(batch, len(ids), progress)
+        batch = gather(audio_features, text_features, ids, valid)
+        reliability = self._reliability(batch, len(ids), neighbours)
+        weights = self._weights(reliability, neighbours, progress)
         # Gates depend on progress alone, so that all ranks pass them together; an answer may be missing on one rank.
         use = (
             self.knowledge.enabled
@@ -86,20 +92,19 @@ class AskObjective:
         detached = {name: term.detach() for name, term in terms.items()}
         return ObjectiveOutput(loss, detached, reliability, use, batch)
 
-    def _reliability(self, audio: Tensor, text: Tensor, neighbours: Neighbours | None) -> Tensor:
+    def _reliability(self, batch: GlobalBatch, local: int, neighbours: Neighbours | None) -> Tensor:
         settings = self.knowledge.reliability
-        if neighbours is None or len(neighbours) == 0:
-            return torch.full((len(audio),), UNKNOWN, device=audio.device)
-        return pair_reliability(
-            audio, text, neighbours.audio, neighbours.text, rank=settings.rank, shape=settings.shape
-        )
+        if neighbours is None:
+            return torch.full((local,), UNKNOWN, device=batch.ids.device)
+        now = pair_reliability(batch, local, neighbours, rank=settings.rank, shape=settings.shape)
+        return running_reliability(now, neighbours.own_reliability, settings.momentum)
 
-    def _weights(self, batch: GlobalBatch, local: int, progress: float) -> Tensor:
+    def _weights(self, reliability: Tensor, neighbours: Neighbours | None, progress: float) -> Tensor:
         settings = self.knowledge.reliability
-        if not (self.knowledge.enabled and settings.enabled) or progress < settings.start:
-            return torch.ones(local, device=batch.reliability.device)
-        weights = reliability_weights(batch.reliability, batch.valid, settings.gamma)
-        return weights[batch.offset : batch.offset + local]
+        closed = not (self.knowledge.enabled and settings.enabled) or progress < settings.start
+        if closed or neighbours is None:
+            return torch.ones_like(reliability)
+        return reliability_weights(reliability, settings.gamma * wrong_share(neighbours.reliability))
 
     def _contrast(
         self,
@@ -110,18 +115,19 @@ class AskObjective:
         weights: Tensor,
         neighbours: Neighbours | None,
     ) -> dict[str, Tensor]:
-        """Half the sum of both directions, in the batch; mixed in by contrast_weight, against the bank's rows too."""
+        """Half the sum of both directions: in the batch, and by contrast_weight against the bank."""
         allowed, target = contrast_masks(batch, len(audio))
         by_audio = scale * audio @ batch.text_features.T
         by_text = scale * text @ batch.audio_features.T
-        plain = info_nce(by_audio, allowed, target) + info_nce(by_text, allowed, target)
-        if neighbours is None or self.knowledge.contrast_weight == 0:
-            return {"contrast": weighted_mean(plain / 2, weights, batch)}
-        extra_text = extra_logits(audio, neighbours.text, neighbours, batch, scale, self.half_life)
-        extra_audio = extra_logits(text, neighbours.audio, neighbours, batch, scale, self.half_life)
-        wide = info_nce(by_audio, allowed, target, extra_text) + info_nce(by_text, allowed, target, extra_audio)
-        share = min(self.knowledge.contrast_weight, 1.0)
-        return {"contrast": weighted_mean(((1 - share) * plain + share * wide) / 2, weights, batch)}
+        contrast = info_nce(by_audio, allowed, target) + info_nce(by_text, allowed, target)
+        share = self.knowledge.contrast_weight
+        if neighbours is not None and share > 0:
+            known = neighbours
+            settings = (known, scale, self.half_life)
+            wide = bank_contrast(audio, known.own_text, known.text, *settings)
+            wide = wide + bank_contrast(text, known.own_audio, known.audio, *settings)
+            contrast = torch.where(known.own_age >= 0, (1 - share) * contrast + share * wide, contrast)
+        return {"contrast": weighted_mean(contrast / 2, weights, batch)}
 
     def _agreement(
         self, audio: Tensor, text: Tensor, batch: GlobalBatch, weights: Tensor, neighbours: Neighbours

@@ -1,28 +1,15 @@
-"""How far a pair can be trusted: do its audio's neighbours and its text's neighbours agree?"""
+"""How far a pair can be trusted: do its two halves agree about the bank better than wrong pairs do?"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
+from ask_dist.losses.contrastive import contrast_masks
+from ask_dist.losses.gather import GlobalBatch
+from ask_dist.losses.injection import Neighbours
+
 UNKNOWN = -1.0
-
-
-def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of each row (Lin 1991, equation 3.8), in nats, between 0 and ln 2.
-
-    Args:
-        log_p, log_q: float [rows, outcomes], log-probabilities.
-
-    Returns:
-        float [rows].
-    """
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    p_term = (log_p.exp() * (log_p - log_m)).sum(dim=1)
-    q_term = (log_q.exp() * (log_q - log_m)).sum(dim=1)
-    return 0.5 * (p_term + q_term)
 
 
 def per_query_log_probabilities(similarities: Tensor, rank: int, shape: float) -> Tensor:
@@ -42,42 +29,68 @@ def per_query_log_probabilities(similarities: Tensor, rank: int, shape: float) -
 
 
 @torch.no_grad()
-def pair_reliability(
-    audio_features: Tensor, text_features: Tensor, bank_audio: Tensor, bank_text: Tensor, *, rank: int, shape: float
-) -> Tensor:
-    """r = 1 - JSD(p, q) / ln 2 with p the distribution of the audio over the bank's audio, q of the text over its text.
+def pair_reliability(batch: GlobalBatch, local: int, neighbours: Neighbours, *, rank: int, shape: float) -> Tensor:
+    """r: the share of the batch's wrong pairs, made of one half of this pair and one half of another, that agree less.
+
+    The halves agree by the Bhattacharyya coefficient sum_j sqrt(p_j q_j) of p, the distribution of the audio over the
+    bank's audio, and q, that of the text over the bank's text (Bhattacharyya 1943): one matrix product for all pairs,
+    right and wrong. Measured against wrong pairs of the same moment, r means the same early and late in training: near
+    1 for right pairs, uniform from 0 to 1 for wrong ones.
 
     Args:
-        audio_features, text_features: float [batch, dim], unit rows.
-        bank_audio, bank_text: float [rows, dim], unit rows, paired; without the batch's own rows.
+        batch: the global batch.
+        local: number of rows of this rank.
+        neighbours: what the bank answered this rank.
         rank, shape: see `per_query_log_probabilities`.
 
     Returns:
-        float32 [batch] in [0, 1]; UNKNOWN where the bank has fewer than `rank` rows and so tells nothing.
+        float32 [local] in [0, 1]; UNKNOWN where the bank has fewer than `rank` rows or the batch no other pair.
     """
-    if len(bank_audio) < rank:
-        return torch.full((len(audio_features),), UNKNOWN, device=audio_features.device)
-    p = per_query_log_probabilities(audio_features @ bank_audio.T, rank, shape)
-    q = per_query_log_probabilities(text_features @ bank_text.T, rank, shape)
-    return (1.0 - jensen_shannon(p, q) / math.log(2.0)).clamp(0.0, 1.0)
+    if len(neighbours) < rank:
+        return torch.full((local,), UNKNOWN, device=batch.ids.device)
+    queries = ((batch.audio_features, neighbours.audio), (batch.text_features, neighbours.text))
+    p, q = ((per_query_log_probabilities(x @ rows.T, rank, shape) / 2).exp() for x, rows in queries)
+    allowed, target = contrast_masks(batch, local)
+    others = allowed.scatter(1, target.unsqueeze(1), False)
+    by_audio, by_text = p[target] @ q.T, q[target] @ p.T
+    own = by_audio.gather(1, target.unsqueeze(1))
+    beaten = ((own > by_audio) & others).sum(dim=1) + ((own > by_text) & others).sum(dim=1)
+    count = 2 * others.sum(dim=1)
+    return torch.where(count > 0, beaten / count.clamp(min=1), UNKNOWN).float()
 
 
 @torch.no_grad()
-def reliability_weights(reliability: Tensor, valid: Tensor, gamma: float) -> Tensor:
-    """w = (r / mean r)^gamma, scaled to mean 1 over the valid pairs of known reliability; the unknown ones get 1.
+def running_reliability(now: Tensor, before: Tensor, momentum: float) -> Tensor:
+    """The running mean of r that the bank keeps a pair: float [local]; either may be UNKNOWN.
 
     Args:
-        reliability: float [global], UNKNOWN (-1) where nothing is known, as on a rank whose answer came late.
-        valid: bool [global].
-        gamma: how sharply reliable pairs are preferred; 0 gives ones.
+        now: r of this step. before: the mean so far. momentum: weight of the mean so far.
+    """
+    mean = torch.where(before < 0, now, momentum * before + (1 - momentum) * now)
+    return torch.where(now < 0, before, mean)
+
+
+@torch.no_grad()
+def wrong_share(reliability: Tensor) -> Tensor:
+    """The share of wrong pairs among rows of known reliability: twice what their mean lacks to 1, at most 1.
+
+    r of wrong pairs is uniform, so its mean is one half.
+
+    Args:
+        reliability: float [rows], UNKNOWN where nothing is known.
 
     Returns:
-        float [global].
+        A scalar; 0 where nothing is known.
     """
-    known = valid & (reliability >= 0)
-    count = known.sum().clamp(min=1)
-    r = reliability.clamp(min=0.0)
-    mean = torch.where(known, r, torch.zeros_like(r)).sum() / count
-    weights = (r / mean.clamp(min=1e-6)).pow(gamma)
-    total = torch.where(known, weights, torch.zeros_like(weights)).sum()
-    return torch.where(known, weights * count / total.clamp(min=1e-6), torch.ones_like(weights))
+    known = reliability >= 0
+    lacking = torch.where(known, 1.0 - reliability, torch.zeros_like(reliability)).sum() / known.sum().clamp(min=1)
+    return (2.0 * lacking).clamp(max=1.0)
+
+
+@torch.no_grad()
+def reliability_weights(reliability: Tensor, gamma: float | Tensor) -> Tensor:
+    """w = r^gamma, float [local]; pairs of unknown reliability weigh 1.
+
+    They are not scaled to mean 1: a batch of wrong pairs should teach less than one of right pairs.
+    """
+    return torch.where(reliability < 0, torch.ones_like(reliability), reliability.clamp(min=0.0) ** gamma)

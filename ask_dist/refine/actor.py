@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from ask_dist.bank.memory import Commit
-from ask_dist.bank.prototypes import build_prototypes
-
 if TYPE_CHECKING:  # imports torch and torch-geometric, which cost seconds: the first generation pays, not the start
     from ask_dist.refine.refiner import Refiner
 
@@ -131,14 +128,11 @@ class RefineActor:
         snapshot = ray.get(bank.snapshot.remote())
         if len(snapshot.ids) == 0 or snapshot.newest_step == self._newest_step:
             return
-        from ask_dist.refine.refiner import corrected_rows
+        from ask_dist.refine.refiner import generation
 
         with self._lock:
-            commit, report = self._made().refine(snapshot)
-            audio, text = corrected_rows(snapshot, commit)
-        levels = build_prototypes(audio, text, self._levels, self._settings.get("seed", 0))
-        commit = commit or Commit.of_prototypes([], snapshot)
-        ray.get(bank.commit.remote(Commit(**{**vars(commit), "prototypes": levels})))
+            commit, report = generation(self._made(), snapshot, self._levels, self._settings.get("seed", 0))
+        ray.get(bank.commit.remote(commit))
         self._newest_step = snapshot.newest_step
         self._metrics["refine/generations"] += 1
         if report is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from ask_dist.bank.memory import Commit, Snapshot
+from ask_dist.bank.prototypes import build_prototypes
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import mean_drift, neighbour_overlap
 from ask_dist.refine.gnn import Gnn
@@ -188,6 +190,23 @@ class Refiner:
             values = getattr(snapshot, name).copy()
             values[correction.stale] = correction.values
             self._sources[name] = _source_of(snapshot, values)
+
+
+def generation(
+    refiner: Refiner, snapshot: Snapshot, levels: Sequence[int], seed: int
+) -> tuple[Commit, RefineReport | None]:
+    """Corrected rows and new prototypes of one snapshot, as one commit.
+
+    Args:
+        refiner: goes on from its last generation.
+        snapshot: the bank as it is now.
+        levels: granularities of the prototypes.
+        seed: of their k-means.
+    """
+    commit, report = refiner.refine(snapshot)
+    prototypes = build_prototypes(*corrected_rows(snapshot, commit), levels, seed)
+    commit = replace(commit, prototypes=prototypes) if commit else Commit.of_prototypes(prototypes, snapshot)
+    return commit, report
 
 
 def corrected_rows(snapshot: Snapshot, commit: Commit | None) -> tuple[np.ndarray, np.ndarray]:

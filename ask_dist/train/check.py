@@ -83,14 +83,9 @@ def _synthetic_neighbours(config: Config) -> Neighbours:
     values = np.random.default_rng(config.seed).standard_normal((2, rows, dim)).astype(np.float32)
     values /= np.linalg.norm(values, axis=2, keepdims=True)
     bank = KnowledgeBank(dim, rows)
-    bank.upsert(np.arange(rows) + 10**6, values[0], values[1], None, 0)
-    answer = bank.search_ids(np.arange(32) + 10**6, config.knowledge.neighbours)
-    return Neighbours(
-        torch.tensor(answer.ids),
-        torch.tensor(answer.audio, dtype=torch.float32),
-        torch.tensor(answer.text, dtype=torch.float32),
-        torch.tensor(answer.age, dtype=torch.float32),
-    )
+    bank.upsert(np.arange(rows), values[0], values[1], None, 0)
+    # The batch's own pairs are the first rows of this bank.
+    return Neighbours.of(bank.search_ids(np.arange(config.optimization.micro_batch_size), config.knowledge.neighbours))
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -104,7 +99,7 @@ def _check_writable(run_dir: Path) -> None:
 def _check_machine(config: Config) -> None:
     """Resources against this machine, where no cluster is named."""
     if "RAY_ADDRESS" in os.environ:
-        with cluster.session(config):
+        with cluster.session(dashboard=config.cluster.dashboard):
             cluster.check_resources(config)
         return
     cores = os.cpu_count() or 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from torch import Tensor
@@ -58,14 +57,7 @@ class KnowledgeSource:
         if answer is None:
             self._check_late_share()
             return None
-        levels = self._client.prototypes.levels if self._client.prototypes else []
-        return Neighbours(
-            ids=self._tensor(answer.ids, torch.int64),
-            audio=self._tensor(answer.audio, torch.float32),
-            text=self._tensor(answer.text, torch.float32),
-            age=self._tensor(answer.age, torch.float32),
-            prototypes=[(self._tensor(a, torch.float32), self._tensor(t, torch.float32)) for a, t in levels],
-        )
+        return Neighbours.of(answer, self._client.prototypes, self._device)
 
     def upsert(self, ids: Tensor, audio: Tensor, text: Tensor, reliability: Tensor, global_step: int) -> None:
         """Sends the rows that this step encoded: int64 [n], float [n, dim] twice, float [n]."""
@@ -92,10 +84,6 @@ class KnowledgeSource:
                 f"{share:.0%} of the bank's answers came late, bank.max_late_share allows {limit:.0%}; "
                 "give it cores of its own (cluster.bank_cpus), lower knowledge.neighbours, or raise the limit"
             )
-
-    def _tensor(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        # A copy: Ray's arrays are read-only views of shared memory.
-        return torch.tensor(array, dtype=dtype, device=self._device)
 
 
 def _answer(request: Any) -> dict[str, float]:

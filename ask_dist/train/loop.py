@@ -205,8 +205,8 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         result = engine.step()
     if state.knowledge:
         with clock("knowledge"):
-            trust = torch.where(output.reliability < 0, 1.0, output.reliability)
-            state.knowledge.upsert(ids[valid], *(rows[valid] for rows in features[:2]), trust[valid], step)
+            rows = (features.audio_features, features.text_features, output.reliability)
+            state.knowledge.upsert(ids[valid], *(values[valid] for values in rows), step)
     _remember_trust(state, batch, output)
     clock.step()
     state.samples_seen += pairs

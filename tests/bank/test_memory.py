@@ -72,6 +72,16 @@ def test_an_answer_carries_the_stored_rows_in_order(rng):
     assert (knowledge.rows, knowledge.newest_step, knowledge.generation) == (300, 9, 0)
 
 
+def test_an_answer_carries_the_asked_ids_own_rows_as_they_were_asked(rng):
+    bank, ids, audio, text = filled_bank(rng)
+    bank.upsert(ids[:50], audio[:50], text[:50], None, step=9)
+    knowledge = bank.search_ids(np.array([ids[120], 99_999, ids[3]]), 4)
+    np.testing.assert_array_equal(knowledge.own_audio[[0, 2]], audio[[120, 3]].astype(np.float16))
+    np.testing.assert_array_equal(knowledge.own_text[[0, 2]], text[[120, 3]].astype(np.float16))
+    assert knowledge.own_age.tolist() == [9, -1, 0]
+    assert not knowledge.own_audio[1].any()
+
+
 def test_unknown_ids_and_an_empty_bank_answer_nothing(rng):
     bank, ids, *_ = filled_bank(rng)
     assert len(bank.search_ids(np.array([99_999]), 4).ids) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,11 +26,15 @@ def unit(rows: int, seed: int, dim: int = 8) -> Tensor:
     return normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1)
 
 
-def bank_rows(rows: int = 12) -> Neighbours:
-    """Row 2 is a pair of the batch."""
-    ids = torch.arange(100, 100 + rows)
-    ids[2:3] = 3
-    return Neighbours(ids, unit(rows, 1), unit(rows, 2), torch.arange(float(rows)), [(unit(3, 3), unit(3, 4))])
+def bank_rows(rows: int = 12, local: int = 6) -> Neighbours:
+    """The bank holds all pairs of the batch but the last."""
+    own_age = torch.tensor([float(place) for place in range(local)])
+    own_age[-1] = -1.0
+    ids, age = torch.arange(100, 100 + rows), torch.arange(float(rows))
+    own = (unit(local, 8), unit(local, 9), own_age, torch.linspace(0.5, 1.0, local))
+    return Neighbours(
+        ids, unit(rows, 1), unit(rows, 2), age, *own, torch.linspace(0.6, 1.0, rows), [(unit(3, 3), unit(3, 4))]
+    )
 
 
 def run(knowledge: Knowledge, neighbours: Neighbours | None, **arguments: Any) -> ObjectiveOutput:
@@ -57,42 +62,43 @@ def agreement(query_a: Tensor, query_t: Tensor, audio: Tensor, text: Tensor, tem
     return sum(parts) / 2
 
 
-def slow_reliability(query: Tensor, rows: Tensor, rank: int, shape: float) -> list[float]:
-    similarities = [float(query @ row) for row in rows]
-    ordered = sorted(similarities, reverse=True)
-    temperature = (ordered[0] - ordered[rank - 1]) / shape
-    return softmax([value / temperature for value in similarities])
+def slow_weights(trust: Reliability, known: Neighbours) -> list[float]:
+    """r^(gamma x share of wrong pairs) of the running mean, from the measured r of this step."""
+    now = run(Knowledge(reliability=trust), replace(known, own_reliability=torch.full((6,), -1.0))).reliability
+    mean = [
+        trust.momentum * float(b) + (1 - trust.momentum) * float(r)
+        for b, r in zip(known.own_reliability, now, strict=True)
+    ]
+    share = 2 * sum(1 - float(r) for r in known.reliability) / len(known)
+    return [r ** (trust.gamma * share) for r in mean]
 
 
 def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> dict[str, float]:
     """The objective with every gate open, pair by pair."""
     audio, text = unit(6, 5), unit(6, 6)
-    trust = knowledge.reliability
-    r = []
-    for a, t in zip(audio, text, strict=True):
-        p, q = (slow_reliability(x, rows, trust.rank, trust.shape) for x, rows in ((a, known.audio), (t, known.text)))
-        r.append(1 - divergence(p, q) / math.log(2.0))
     rows = [i for i in range(6) if VALID[i]]
-    mean = sum(r[i] for i in rows) / len(rows)
-    powers = {i: (r[i] / mean) ** trust.gamma for i in rows}
-    weights = {i: len(rows) * powers[i] / sum(powers.values()) for i in rows}
+    weights = slow_weights(knowledge.reliability, known)
 
-    def contrast(i: int, queries: Tensor, keys: Tensor, bank: Tensor) -> float:
+    def contrast(i: int, queries: Tensor, keys: Tensor, own: Tensor, bank: Tensor) -> float:
         others = [j for j in range(6) if j == i or (VALID[j] and IDS[j] != IDS[i])]
-        inside = sum(math.exp(scale * float(queries[i] @ keys[j])) for j in others)
-        outside = sum(
-            0.5 ** (float(known.age[j]) / HALF_LIFE) * math.exp(scale * float(queries[i] @ bank[j]))
-            for j in range(len(known))
-            if known.ids[j] not in IDS
-        )
         positive = scale * float(queries[i] @ keys[i])
+        plain = math.log(sum(math.exp(scale * float(queries[i] @ keys[j])) for j in others)) - positive
+        if known.own_age[i] < 0:
+            return plain
+        stored = scale * float(queries[i] @ own[i])
+        outside = sum(
+            0.5 ** (max(0.0, float(known.age[j] - known.own_age[i])) / HALF_LIFE)
+            * math.exp(scale * float(queries[i] @ bank[j]))
+            for j in range(len(known))
+        )
         share = knowledge.contrast_weight
-        return (1 - share) * (math.log(inside) - positive) + share * (math.log(inside + outside) - positive)
+        return (1 - share) * plain + share * (math.log(math.exp(stored) + outside) - stored)
 
     terms = {"contrast": 0.0, "consistency": 0.0, "coarse": 0.0}
     (coarse_audio, coarse_text), temperature = known.prototypes[0], knowledge.temperature
     for i in rows:
-        both = contrast(i, audio, text, known.text) + contrast(i, text, audio, known.audio)
+        both = contrast(i, audio, text, known.own_text, known.text)
+        both += contrast(i, text, audio, known.own_audio, known.audio)
         terms["contrast"] += weights[i] * both / 2 / len(rows)
         fine = agreement(audio[i], text[i], known.audio, known.text, temperature)
         terms["consistency"] += knowledge.consistency_weight * weights[i] * fine / len(rows)
@@ -117,7 +123,8 @@ def test_reliability_is_told_for_every_local_pair():
     assert reliability.shape == (6,)
     assert ((reliability >= 0) & (reliability <= 1)).all()
     assert run(Knowledge(reliability=ALWAYS), None).reliability.tolist() == [-1.0] * 6
-    assert run(Knowledge(), bank_rows(31)).reliability.tolist() == [-1.0] * 6  # fewer rows than rank
+    fewer_rows_than_rank = replace(bank_rows(31), own_reliability=torch.full((6,), -1.0))
+    assert run(Knowledge(), fewer_rows_than_rank).reliability.tolist() == [-1.0] * 6
 
 
 def plain_loss() -> float:
@@ -166,7 +173,7 @@ def test_a_weight_of_zero_leaves_its_term_out(settings, names):
 
 def test_a_bank_without_prototypes_has_no_coarse_term():
     known = bank_rows()
-    without = Neighbours(known.ids, known.audio, known.text, known.age)
+    without = replace(known, prototypes=[])
     assert list(run(Knowledge(start=0.0), without).terms) == ["contrast", "consistency"]
 
 
@@ -190,7 +197,9 @@ def test_gradients_are_finite_and_none_comes_from_an_invalid_row():
 
 def test_the_bank_gets_no_gradient_and_reaches_beyond_the_batch():
     audio, text = unit(3, 5, dim=16).requires_grad_(), unit(3, 6, dim=16)
-    known = Neighbours(torch.arange(100, 112), unit(12, 1, dim=16), unit(12, 2, dim=16), torch.zeros(12))
+    own = (unit(3, 8, dim=16), unit(3, 9, dim=16), torch.zeros(3), torch.ones(3))
+    rows = (unit(12, 1, dim=16), unit(12, 2, dim=16), torch.zeros(12))
+    known = Neighbours(torch.arange(100, 112), *rows, *own, torch.ones(12))
     span = torch.linalg.qr(torch.cat([audio.detach(), text]).T).Q
 
     def outside(neighbours: Neighbours | None) -> float:
@@ -210,7 +219,9 @@ def test_the_bank_gets_no_gradient_and_reaches_beyond_the_batch():
 def test_a_batch_of_invalid_rows_alone_costs_nothing():
     audio = unit(2, 5).requires_grad_()
     none = torch.zeros(2, dtype=torch.bool)
-    loss = AskObjective(Knowledge(start=0.0))(audio, unit(2, 6), torch.tensor(4.0), IDS[:2], none, bank_rows()).loss
+    loss = AskObjective(Knowledge(start=0.0))(
+        audio, unit(2, 6), torch.tensor(4.0), IDS[:2], none, bank_rows(local=2)
+    ).loss
     loss.backward()
     assert loss.item() == 0.0
     assert (audio.grad == 0).all()

@@ -1,31 +1,26 @@
-"""Jensen-Shannon divergence, the agreement of neighbours, and the weights made of it."""
+"""The agreement of a pair about the bank against that of wrong pairs, and the weights made of it."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ask_dist.losses.gather import GlobalBatch
+from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.reliability import (
     UNKNOWN,
-    jensen_shannon,
     pair_reliability,
     per_query_log_probabilities,
     reliability_weights,
+    running_reliability,
+    wrong_share,
 )
-
-
-def slow_jensen_shannon(p: list[float], q: list[float]) -> float:
-    def divergence(x: list[float], y: list[float]) -> float:
-        return sum(a * math.log(a / b) for a, b in zip(x, y, strict=True) if a > 0)
-
-    m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-    return (divergence(p, m) + divergence(q, m)) / 2
 
 
 def clustered_bank(clusters: int, rows: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,26 +32,6 @@ def clustered_bank(clusters: int, rows: int, spread: float) -> tuple[Tensor, Ten
         centres = normalize(torch.randn(clusters, 32, generator=generator), dim=1)
         sides.append(normalize(centres[topic] + spread * torch.randn(rows, 32, generator=generator), dim=1))
     return sides[0], sides[1], topic
-
-
-def test_equal_distributions_do_not_diverge():
-    log_p = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).log_softmax(dim=1)
-    torch.testing.assert_close(jensen_shannon(log_p, log_p), torch.zeros(4), atol=1e-7, rtol=0)
-
-
-def test_disjoint_distributions_diverge_by_ln_2():
-    log_p = torch.tensor([[60.0, 0.0]]).log_softmax(dim=1)
-    assert jensen_shannon(log_p, log_p.flip(1)).item() == pytest.approx(math.log(2.0), abs=1e-6)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=12))
-def test_agrees_with_the_definition_and_stays_in_bounds(logits):
-    log_p, log_q = torch.tensor(logits, dtype=torch.float64).T.log_softmax(dim=1).unsqueeze(1)
-    divergence = jensen_shannon(log_p, log_q).item()
-    assert divergence == pytest.approx(slow_jensen_shannon(log_p.exp()[0].tolist(), log_q.exp()[0].tolist()), abs=1e-9)
-    assert divergence == pytest.approx(jensen_shannon(log_q, log_p).item(), abs=1e-12)
-    assert -1e-9 <= divergence <= math.log(2.0) + 1e-9
 
 
 def test_the_temperature_is_each_querys_own():
@@ -76,54 +51,100 @@ def test_equal_similarities_give_a_finite_uniform_distribution():
     torch.testing.assert_close(log_p.exp(), torch.full((1, 8), 1 / 8))
 
 
-def test_agreeing_pairs_are_reliable_and_swapped_ones_are_not():
-    audio, text, topic = clustered_bank(clusters=8, rows=264, spread=0.05)
-    queries, bank = slice(0, 8), slice(8, None)  # one query a topic
-    right = pair_reliability(audio[queries], text[queries], audio[bank], text[bank], rank=32, shape=3.0)
-    swapped = pair_reliability(audio[queries], text[queries].roll(1, 0), audio[bank], text[bank], rank=32, shape=3.0)
-    assert topic[queries].unique().numel() == 8
-    assert right.min() > 0.7
-    assert swapped.max() < 0.3
+def batch_of(audio: Tensor, text: Tensor, **changes: Any) -> GlobalBatch:
+    ids = torch.arange(len(audio))
+    return replace(GlobalBatch(audio, text, ids, torch.ones_like(ids, dtype=torch.bool), 0, 1), **changes)
+
+
+def bank_of(audio: Tensor, text: Tensor) -> Neighbours:
+    none, rows = torch.zeros(0), torch.full((len(audio),), UNKNOWN)
+    return Neighbours(
+        torch.arange(len(audio)) + 1000, audio, text, torch.zeros(len(audio)), none, none, none, none, rows
+    )
+
+
+def slow_reliability(batch: GlobalBatch, known: Neighbours, pair: int, rank: int, shape: float) -> float:
+    """The share of wrong pairs beaten by one pair, in plain Python."""
+
+    def roots(query: Tensor, rows: Tensor) -> list[float]:
+        similarities = sorted((float(query @ row) for row in rows), reverse=True)
+        temperature = max((similarities[0] - similarities[rank - 1]) / shape, 1e-4)
+        exponentials = [math.exp((float(query @ row) - similarities[0]) / temperature) for row in rows]
+        return [math.sqrt(value / sum(exponentials)) for value in exponentials]
+
+    def agree(i: int, j: int) -> float:
+        p, q = roots(batch.audio_features[i], known.audio), roots(batch.text_features[j], known.text)
+        return sum(x * y for x, y in zip(p, q, strict=True))
+
+    others = [j for j in range(len(batch.ids)) if batch.valid[j] and batch.ids[j] != batch.ids[pair]]
+    beaten = [agree(pair, pair) > agree(pair, j) for j in others] + [agree(pair, pair) > agree(j, pair) for j in others]
+    return sum(beaten) / len(beaten)
+
+
+def test_agrees_with_a_loop_over_wrong_pairs():
+    audio, text, _ = clustered_bank(clusters=5, rows=60, spread=0.3)
+    ids = torch.tensor([1, 2, 3, 2, 5, 6])
+    valid = torch.tensor([True, True, True, True, False, True])
+    batch = batch_of(audio[:6], text[:6], ids=ids, valid=valid, offset=2)
+    known = bank_of(audio[6:], text[6:])
+    found = pair_reliability(batch, 3, known, rank=8, shape=3.0)
+    wanted = [slow_reliability(batch, known, pair, 8, 3.0) for pair in (2, 3, 4)]
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-6, rtol=0)
+
+
+def test_agreeing_pairs_are_reliable_and_swapped_ones_are_as_good_as_chance():
+    audio, text, topic = clustered_bank(clusters=16, rows=528, spread=0.05)
+    known = bank_of(audio[16:], text[16:])
+    assert topic[:16].unique().numel() == 16
+    right = pair_reliability(batch_of(audio[:16], text[:16]), 16, known, rank=32, shape=3.0)
+    swapped = torch.cat(
+        [
+            pair_reliability(batch_of(audio[:16], text[:16].roll(by, 0)), 16, known, rank=32, shape=3.0)
+            for by in range(1, 16)
+        ]
+    )
+    assert right.min() == 1.0
+    assert 0.3 < float(swapped.mean()) < 0.7
     assert (swapped >= 0).all()
-    assert (right <= 1).all()
 
 
-def test_a_small_bank_tells_nothing():
-    audio, text, _ = clustered_bank(clusters=4, rows=31, spread=0.1)
-    reliability = pair_reliability(audio[:3], text[:3], audio, text, rank=32, shape=3.0)
-    assert reliability.tolist() == [UNKNOWN] * 3 == [-1.0] * 3
+def test_a_small_bank_tells_nothing_and_neither_does_a_batch_of_one_pair():
+    audio, text, _ = clustered_bank(clusters=4, rows=64, spread=0.1)
+    small = pair_reliability(batch_of(audio[:3], text[:3]), 3, bank_of(audio[:31], text[:31]), rank=32, shape=3.0)
+    assert small.tolist() == [UNKNOWN] * 3 == [-1.0] * 3
+    alone = pair_reliability(batch_of(audio[:1], text[:1]), 1, bank_of(audio, text), rank=32, shape=3.0)
+    assert alone.tolist() == [UNKNOWN]
 
 
 def test_reliability_has_no_gradient():
     audio, text, _ = clustered_bank(clusters=4, rows=64, spread=0.1)
-    reliability = pair_reliability(audio[:3].requires_grad_(), text[:3], audio, text, rank=32, shape=3.0)
-    assert not reliability.requires_grad
+    batch = batch_of(audio[:3].clone().requires_grad_(), text[:3])
+    assert not pair_reliability(batch, 3, bank_of(audio, text), rank=32, shape=3.0).requires_grad
+
+
+def test_the_running_mean_by_hand():
+    now, before = torch.tensor([0.2, 0.2, UNKNOWN, UNKNOWN]), torch.tensor([0.6, UNKNOWN, 0.6, UNKNOWN])
+    torch.testing.assert_close(running_reliability(now, before, 0.75), torch.tensor([0.5, 0.2, 0.6, -1.0]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
+def test_the_share_of_wrong_pairs_is_estimated_from_their_uniform_reliability(share):
+    generator = torch.Generator().manual_seed(2)
+    r = torch.where(torch.rand(20_000, generator=generator) < share, torch.rand(20_000, generator=generator), 1.0)
+    r[::7] = UNKNOWN
+    assert float(wrong_share(r)) == pytest.approx(share, abs=0.02)
+
+
+def test_nothing_known_means_no_wrong_pairs_and_the_share_stays_below_1():
+    assert wrong_share(torch.full((4,), UNKNOWN)) == 0.0
+    assert wrong_share(torch.zeros(0)) == 0.0
+    assert wrong_share(torch.zeros(5)) == 1.0
 
 
 def test_weights_by_hand():
-    weights = reliability_weights(torch.tensor([0.2, 0.4, 0.6]), torch.ones(3, dtype=torch.bool), gamma=2.0)
-    # (r / 0.4)^2 = 0.25, 1, 2.25, whose mean is 3.5 / 3
-    torch.testing.assert_close(weights, torch.tensor([0.25, 1.0, 2.25]) * 3 / 3.5)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 4.0])
-def test_known_valid_weights_have_mean_1_and_the_unknown_weigh_1(gamma):
-    reliability = torch.rand(16, generator=torch.Generator().manual_seed(2))
-    reliability[[3, 7]] = UNKNOWN
-    valid = torch.ones(16, dtype=torch.bool)
-    valid[[7, 9]] = False
-    weights = reliability_weights(reliability, valid, gamma)
-    known = valid & (reliability >= 0)
-    assert known.sum() == 13
-    assert weights[known].mean().item() == pytest.approx(1.0, abs=1e-5)
-    assert weights[3] == 1.0
+    weights = reliability_weights(torch.tensor([0.5, 1.0, 0.0, UNKNOWN]), gamma=2.0)
+    assert weights.tolist() == [0.25, 1.0, 0.0, 1.0]
 
 
 def test_gamma_0_weighs_all_alike():
-    weights = reliability_weights(torch.tensor([0.0, 0.3, 1.0]), torch.ones(3, dtype=torch.bool), gamma=0.0)
-    assert weights.tolist() == [1.0, 1.0, 1.0]
-
-
-def test_nothing_known_weighs_all_alike():
-    weights = reliability_weights(torch.full((4,), UNKNOWN), torch.ones(4, dtype=torch.bool), gamma=4.0)
-    assert weights.tolist() == [1.0] * 4
+    assert reliability_weights(torch.tensor([0.0, 0.3, 1.0]), torch.tensor(0.0)).tolist() == [1.0, 1.0, 1.0]
