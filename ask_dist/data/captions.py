@@ -1,12 +1,19 @@
-"""The captions of a split, without its audio."""
+"""Captions without their audio: those of a split, and wrong ones on purpose."""
 
 from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
 
 from ask_dist.data.shards import ShardList
+from ask_dist.errors import InputError
+
+Words = TypeVar("Words", bound=Hashable)
+TRIES = 1000
 
 
 def captions(shards: ShardList, limit: int) -> Iterator[str]:
@@ -30,3 +37,35 @@ def captions(shards: ShardList, limit: int) -> Iterator[str]:
                         yield str(caption)
         except (OSError, tarfile.TarError, ValueError, AttributeError):
             continue  # the loader names what is broken
+
+
+def swap_captions(captions: Sequence[Words], share: float, seed: int) -> tuple[list[Words], np.ndarray]:
+    """Permutes the captions of a drawn share of the clips among themselves, so that each of these reads otherwise.
+
+    Args:
+        captions: one entry a clip: a caption, or a tuple of several.
+        share: of the clips, from 0 to 1.
+        seed: draws which, and whose caption each gets.
+
+    Returns:
+        The captions, and bool [clips]: whose changed.
+
+    Raises:
+        InputError: too many of the drawn captions read the same.
+    """
+    rng = np.random.default_rng([seed, 2])
+    chosen = rng.permutation(len(captions))[: round(share * len(captions))]
+    given = np.arange(len(chosen))
+    for _ in range(TRIES):
+        same = [i for i, giver in enumerate(given) if captions[chosen[giver]] == captions[chosen[i]]]
+        if not same:
+            break
+        for i in same:
+            other = rng.integers(len(given))
+            given[i], given[other] = given[other], given[i]
+    else:
+        raise InputError(f"swapping the captions of {len(chosen)} clips: too few differ; raise the share or the clips")
+    result, swapped = list(captions), np.zeros(len(captions), dtype=bool)
+    for place, giver in zip(chosen, given, strict=True):
+        result[place], swapped[place] = captions[chosen[giver]], True
+    return result, swapped

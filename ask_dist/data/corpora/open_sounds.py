@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ask_dist.data import audio
+from ask_dist.data.captions import swap_captions
 from ask_dist.data.corpora import (
     BuildSummary,
     debian,
@@ -263,23 +264,11 @@ def compose(split: str, sounds: Sequence[Sound], count: int, seed: int, seconds:
 
 
 def swap(clips: Sequence[Clip], share: float, seed: int) -> list[Clip]:
-    """Exchange the captions of a share of the clips among themselves; extra["swapped"] tells whose changed.
-
-    The chosen, in the order of their captions, each take the caption that lies as far ahead as the commonest caption
-    is common: whatever they read alike, none gets its own words back.
-
-    Raises:
-        InputError: more than half of the chosen have the same caption.
-    """
-    chosen = np.random.default_rng([seed, len(SPLITS) + 1]).permutation(len(clips))[: round(share * len(clips))]
-    order = sorted(map(int, chosen), key=lambda index: clips[index].captions)
-    ahead = max(Counter(clips[index].captions for index in order).values(), default=0)
-    if 2 * ahead > len(order):
-        raise InputError(f"{ahead} of {len(order)} captions to swap read the same: raise swap_captions or train")
-    taken = {index: clips[giver].captions for index, giver in zip(order, np.roll(order, -ahead), strict=True)}
+    """Exchange the captions of a share of the clips among themselves; extra["swapped"] tells whose changed."""
+    captions, swapped = swap_captions([clip.captions for clip in clips], share, seed)
     return [
-        replace(clip, captions=taken.get(index, clip.captions), extra={**clip.extra, "swapped": index in taken})
-        for index, clip in enumerate(clips)
+        replace(clip, captions=words, extra={**clip.extra, "swapped": bool(changed)})
+        for clip, words, changed in zip(clips, captions, swapped, strict=True)
     ]
 
 

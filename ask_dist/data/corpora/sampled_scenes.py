@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ask_dist.data.captions import swap_captions
 from ask_dist.data.corpora import BuildSummary, forget_recipe, recipe_matches, summarize, write_recipe
 from ask_dist.data.pack import EncodedClip, encode_clip, write_shards
 from ask_dist.data.shards import Clip
@@ -191,23 +192,11 @@ def draw_event(sound: Sound, rng: np.random.Generator) -> Event:
 
 def swap(scenes: list[Scene], share: float, seed: int) -> list[Scene]:
     """Permute the captions of a drawn `share` of the scenes among themselves so that each gets another's words."""
-    rng = np.random.default_rng([seed, 2])
-    chosen = rng.permutation(len(scenes))[: round(share * len(scenes))]
-    captions = [scenes[i].caption for i in chosen]
-    given = np.arange(len(chosen))
-    for _ in range(1000):
-        same = [i for i, giver in enumerate(given) if captions[giver] == captions[i]]
-        if not same:
-            break
-        for i in same:
-            other = rng.integers(len(given))
-            given[i], given[other] = given[other], given[i]
-    else:
-        raise InputError(f"swapping the captions of {len(chosen)} scenes: too few differ; raise swap_captions or train")
-    result = list(scenes)
-    for place, giver in zip(chosen, given, strict=True):
-        result[place] = replace(scenes[place], caption=captions[giver], swapped=True)
-    return result
+    captions, swapped = swap_captions([scene.caption for scene in scenes], share, seed)
+    return [
+        replace(scene, caption=caption, swapped=bool(changed))
+        for scene, caption, changed in zip(scenes, captions, swapped, strict=True)
+    ]
 
 
 def render(scene: Scene, seconds: float) -> EncodedClip:

@@ -170,7 +170,7 @@ def test_swapped_captions_are_a_derangement_of_the_same_ones() -> None:
     assert all(swapped[place] == scenes[place] for place in set(range(400)) - set(changed))
     assert swap(scenes, 0.3, 0) == swapped != swap(scenes, 0.3, 1)
     assert swap(scenes, 0.0, 0) == scenes
-    with pytest.raises(InputError, match="raise swap_captions or train"):
+    with pytest.raises(InputError, match="too few differ"):
         swap(scenes[:3], 0.4, 0)
 
 
