@@ -120,6 +120,25 @@ def tune(
     run(sweep, console, resume=resume)
 
 
+@app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(metavar="ABLATION", help="YAML file, such as configs/ablation.yaml")],
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="a few scenes, steps and arms: does it all run?")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="run nothing, report what is done")] = False,
+) -> None:
+    """Train arms of the method and baselines over seeds, and compare them; a second call goes on where one stopped.
+
+    Example: ask-dist ablate configs/ablation.yaml seeds=[0]
+    """
+    from ask_dist.ablation.space import load, smoke_of
+
+    loaded = load(config, overrides or [])
+    from ask_dist.ablation.driver import ablate as run
+
+    run(smoke_of(loaded) if smoke else loaded, console, only_report=report_only)
+
+
 class Recipe(StrEnum):
     """The corpora that can be built here."""
 

@@ -24,7 +24,7 @@ LOCAL_ENVIRONMENT = {
 
 
 @contextmanager
-def session(config: Config) -> Iterator[None]:
+def session(*, dashboard: bool) -> Iterator[None]:
     """A connection to Ray for the length of a run.
 
     Inside `ray job submit`, or where RAY_ADDRESS names a cluster, that cluster is used; otherwise one is started on
@@ -41,7 +41,7 @@ def session(config: Config) -> Iterator[None]:
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
-            include_dashboard=config.cluster.dashboard,
+            include_dashboard=dashboard,
             log_to_driver=False,
             configure_logging=False,
             logging_level="error",

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 
 import ray
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ask_dist.bench.bank import bank_actor_vs_in_process
 from ask_dist.bench.loader import loader_vs_webdataset
+from ask_dist.bench.machine import machine
 from ask_dist.bench.trainer import trainer_figures
 from ask_dist.files import write_atomically
 
 CONFIG = Path("configs/quickstart.yaml")
 SHARDS = Path("shards/sampled_scenes/test")
 OUTPUT = Path("runs/bench/bench.json")
-
-
-def machine() -> dict[str, str | int | None]:
-    """What the figures were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    model = next((line for line in _cpu_info() if line.startswith("model name")), platform.machine())
-    return {
-        "processor": model.split(":")[-1].strip(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -32,7 +32,7 @@ class LongTail(TypedDict):
     bins: list[FrequencyBin]
 
 
-def frequency_groups(class_counts: dict[str, int]) -> dict[str, Group]:
+def frequency_groups(class_counts: Mapping[str, int]) -> dict[str, Group]:
     """Sort the classes into head, mid and tail by their number of training clips.
 
     Classes are ordered from the most to the least frequent. The first 20% of them are the head (the 80/20 rule's
@@ -50,6 +50,18 @@ def frequency_groups(class_counts: dict[str, int]) -> dict[str, Group]:
     for name, share in zip(seen, position, strict=True):
         groups[name] = "head" if share < HEAD_SHARE else "tail" if share > 1 - TAIL_SHARE else "mid"
     return groups
+
+
+def query_groups(query_classes: Sequence[Sequence[str]], class_counts: Mapping[str, int]) -> list[Group | None]:
+    """The frequency group of each query's rarest class; None for a query without classes.
+
+    Args:
+        query_classes: the classes of the clip that each query belongs to. One that `class_counts` lacks counts 0.
+        class_counts: training clips by class.
+    """
+    groups = frequency_groups(class_counts)
+    rarest = [min(classes, key=lambda name: class_counts.get(name, 0), default=None) for classes in query_classes]
+    return [None if name is None else groups.get(name, "tail") for name in rarest]
 
 
 def long_tail_metrics(
@@ -74,11 +86,9 @@ def long_tail_metrics(
     classed = np.array([len(classes) > 0 for classes in query_classes], dtype=bool)
     if not class_counts or not classed.any():
         return None
-    groups = frequency_groups(class_counts)
-    rarest = [min(classes, key=lambda name: class_counts.get(name, 0)) for classes in query_classes if classes]
     ranks = np.asarray(ranks)[classed]
-    group = np.array([groups.get(name, "tail") for name in rarest])
-    count = np.array([class_counts.get(name, 0) for name in rarest])
+    group = np.array(query_groups(query_classes, class_counts))[classed]
+    count = np.array([min(class_counts.get(name, 0) for name in classes) for classes in query_classes if classes])
     head, mid, tail = (_recall(ranks[group == name]) for name in GROUPS)
     return {"head": head, "mid": mid, "tail": tail, "bins": _frequency_bins(ranks, count)}
 

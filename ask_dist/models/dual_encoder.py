@@ -38,6 +38,11 @@ class DualEncoder(nn.Module):
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
         self.logit_scale_max = config.logit_scale_max
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """float32 scalar, exponentiated and capped."""
+        return self.log_logit_scale[0].exp().clamp(max=self.logit_scale_max)
+
     def encode_audio(self, audio: Tensor) -> Tensor:
         """float32 [batch, samples] -> unit rows float32 [batch, embedding_dim]."""
         return nn.functional.normalize(self.audio_projection(self.audio(audio)).float(), dim=-1)
@@ -47,8 +52,7 @@ class DualEncoder(nn.Module):
         return nn.functional.normalize(self.text_projection(self.text(tokens)).float(), dim=-1)
 
     def forward(self, audio: Tensor, tokens: Tensor) -> Features:
-        logit_scale = self.log_logit_scale[0].exp().clamp(max=self.logit_scale_max)
-        return Features(self.encode_audio(audio), self.encode_text(tokens), logit_scale)
+        return Features(self.encode_audio(audio), self.encode_text(tokens), self.logit_scale)
 
 
 def build_dual_encoder(config: Model, sample_rate: int, vocabulary: Vocabulary) -> DualEncoder:

@@ -55,7 +55,7 @@ def train(
         console.print(f"{config.run_dir} is finished; --overwrite trains it anew")
         return show(config.run_dir, console)
     os.environ["ASK_DIST_COMMAND"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    with cluster.session(config):
+    with cluster.session(dashboard=config.cluster.dashboard):
         cluster.check_resources(config)
         actors = cluster.start_actors(config)
         try:

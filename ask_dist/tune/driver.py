@@ -56,13 +56,15 @@ def tune(sweep: Sweep, console: Console, *, resume: bool = False) -> Path:
     # Why a trial failed stands in its error file, which the table names; here it would bury the one line at the end.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
-    with cluster.session(base):
+    with cluster.session(dashboard=base.cluster.dashboard):
         cluster.check_resources(base)
-        results = _tuner(sweep, folder, resume, Watch(reserve)).fit()
-    reserve.unlink(missing_ok=True)
+        try:
+            results = _tuner(sweep, folder, resume, Watch(reserve)).fit()
+        finally:
+            reserve.unlink(missing_ok=True)
     if Watch.disk_errors:
         raise Watch.disk_errors[0]
-    if Watch.unfinished or len(results) < sweep.trials:
+    if Watch.unfinished:
         raise KeyboardInterrupt  # Ray Tune catches it to write its state, and returns as if nothing had been
     return _conclude(sweep, results, folder, console)
 
@@ -85,7 +87,8 @@ class Watch(ray_tune.Callback):
         self._reserve = reserve
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        cause = getattr(pickle.loads(Path(trial.pickled_error_file).read_bytes()), "cause", None)
+        error = pickle.loads(Path(trial.pickled_error_file).read_bytes())  # this process has just written it
+        cause = getattr(error, "cause", None)
         if isinstance(cause, DiskError):
             self.disk_errors.append(cause)
             self._reserve.unlink(missing_ok=True)

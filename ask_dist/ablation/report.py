@@ -1,0 +1,77 @@
+"""ablation.json, ablation.html and the table on the terminal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+
+from ask_dist.ablation.analysis import Row
+from ask_dist.ablation.plots import RECALL, plots
+from ask_dist.ablation.space import Ablation
+from ask_dist.files import write_atomically
+
+
+def write_report(folder: Path, ablation: Ablation, rows: Sequence[Row], machine: dict[str, Any]) -> None:
+    """Writes ablation.json (a list of rows), machine.json, the plots and ablation.html, which holds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "ablation.json", json.dumps([_plain(row) for row in rows], indent=1).encode())
+    write_atomically(folder / "machine.json", json.dumps(machine, indent=1).encode())
+    drawn = plots(rows)
+    for name, content in drawn.items():
+        write_atomically(folder / name, content)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ask_dist.ablation", "."), autoescape=True)
+    environment.filters |= {"number": _number, "metric": lambda name: name.replace("_", " ")}
+    page = environment.get_template("ablation.html").render(
+        name=ablation.name,
+        sections=_sections(rows),
+        images={name: base64.b64encode(content).decode() for name, content in drawn.items()},
+        machine=machine,
+        settings=json.dumps(ablation.model_dump(mode="json"), indent=1),
+    )
+    write_atomically(folder / "ablation.html", page.encode())
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Text-to-audio R@1 of each arm, with the interval of its difference to the baseline."""
+    columns = ("corpus", "swapped", "arm", "seeds", "R@1", "baseline", "difference", "95% interval", "seconds")
+    table = Table(*columns, title="text to audio", title_justify="left")
+    for row in rows:
+        if row.metric == RECALL:
+            interval = "" if row.arm == row.baseline else f"{row.low:+.1f} to {row.high:+.1f}"
+            facts = (f"{row.noise:.0%}", row.arm, str(len(row.seeds)), f"{row.mean:.1f}", row.baseline)
+            table.add_row(row.corpus, *facts, f"{row.difference:+.1f}", interval, f"{row.seconds:.0f}")
+    console.print(table)
+
+
+def _sections(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by corpus, share of swapped captions and baseline, then by metric."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        title = f"{row.corpus}, {row.noise:.0%} of the captions swapped, against {row.baseline}"
+        found.setdefault(title, {}).setdefault(row.metric, []).append(row)
+    return found
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {name: _rounded(value) for name, value in asdict(row).items()}
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, 5) if math.isfinite(value) else None
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.1f}" if abs(value) >= 2 else f"{value:.4f}"
