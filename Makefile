@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment corpus open-sounds quickstart smoke test test-all lint bench requirements clean
+.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -35,6 +35,18 @@ smoke: $(INSTALLED)  ## the quickstart in a small form, two minutes
 	$(BIN)/ask-dist train configs/quickstart.yaml name=smoke --overwrite optimization.epochs=2 \
 	  data.train=shards/smoke/train data.validation=shards/smoke/validation data.test=shards/smoke/test
 	$(BIN)/ask-dist search runs/smoke "two loud piano notes" -k 3
+
+ablation-corpora: $(INSTALLED)  ## the two corpora of the ablation
+	$(BIN)/ask-dist corpus build sampled-scenes shards/ablation --train 10000
+	$(BIN)/ask-dist corpus build open-sounds
+
+ablation: ablation-corpora  ## every arm of configs/ablation.yaml, hours; goes on where it was interrupted
+	$(BIN)/ask-dist ablate configs/ablation.yaml
+
+ablation-smoke: $(INSTALLED)  ## every arm on a few scenes, three minutes
+	$(BIN)/ask-dist corpus build sampled-scenes shards/smoke --train 400 --validation 50 --test 100
+	$(BIN)/ask-dist ablate configs/ablation.yaml --smoke corpora.sampled_2500.shards=shards/smoke \
+	  corpora.sampled_10000.shards=shards/smoke corpora.recordings.shards=shards/none
 
 test: $(INSTALLED)  ## all tests but the slow ones, then the checks of style and types
 	$(BIN)/python -m pytest -m "not slow"

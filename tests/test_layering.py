@@ -21,17 +21,19 @@ NO_RAY = {
     "bank.": ["memory", "index", "prototypes", "store", "local"],
     "refine.": ["graph", "gnn", "strategies", "refiner"],
     "train.": ["engine", "checkpoint", "tracking", "progress"],
+    "ablation.": ["space", "inputs", "knowledge", "trial", "probes", "statistics", "analysis", "plots", "report"],
 }
 NEVER_IMPORT = {
-    "losses": "train tune cli cluster evaluate bank refine data models",
-    "models": "train tune cli cluster evaluate bank refine data losses",
-    "data": "train tune cli cluster evaluate bank refine losses models",
-    "bank": "train tune cli cluster evaluate refine losses models data",
-    "refine": "train tune cli cluster losses models data",
-    "evaluate": "train tune cli cluster refine losses",
-    "train": "tune cli",
-    "tune": "cli",
-    "cluster": "train tune cli evaluate",
+    "losses": "ablation train tune cli cluster evaluate bank refine data models",
+    "models": "ablation train tune cli cluster evaluate bank refine data losses",
+    "data": "ablation train tune cli cluster evaluate bank refine losses models",
+    "bank": "ablation train tune cli cluster evaluate refine losses models data",
+    "refine": "ablation train tune cli cluster losses models data",
+    "evaluate": "ablation train tune cli cluster refine losses",
+    "train": "ablation tune cli",
+    "tune": "ablation cli",
+    "cluster": "ablation train tune cli evaluate",
+    "ablation": "tune cli",
 }
 
 
