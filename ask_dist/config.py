@@ -110,7 +110,7 @@ class Reliability(Section):
 
     enabled: bool = True
     gamma: Weight = Field(
-        50.0, description="weight r^(gamma x estimated share of wrong pairs); 0 weighs all pairs alike"
+        50.0, description="weight r^(gamma x share x (1 - share)), of wrong pairs by estimate; 0 weighs all alike"
     )
     momentum: Share = Field(0.7, description="of the running mean of r that the bank keeps a pair")
     shape: Positive = Field(3.0, description="divides the per-query temperature (best - nth best similarity)")

@@ -161,7 +161,7 @@ class _Run:
             batch = gather(audio, text, ids, torch.ones_like(ids, dtype=torch.bool))
             return siglip(scale * audio @ text.T + self.bias, *contrast_masks(batch, len(ids))).mean()
         if self.arm.loss == "xbm":
-            # From the first step on, rows that drift as fast as they do then collapse it: the same gate as for the method.
+            # From the first step on, rows that drift as fast as they do then collapse it: the method's gate.
             early = progress < self.arm.knowledge.start
             plain = self.objective(audio, text, scale, ids).loss
             value = plain if early else self.memory.loss(ids, audio, text, scale).mean()

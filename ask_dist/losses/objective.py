@@ -104,7 +104,8 @@ class AskObjective:
         closed = not (self.knowledge.enabled and settings.enabled) or progress < settings.start
         if closed or neighbours is None:
             return torch.ones_like(reliability)
-        return reliability_weights(reliability, settings.gamma * wrong_share(neighbours.reliability))
+        share = wrong_share(neighbours.reliability)
+        return reliability_weights(reliability, settings.gamma * share * (1.0 - share))
 
     def _contrast(
         self,

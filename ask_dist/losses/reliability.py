@@ -74,7 +74,7 @@ def running_reliability(now: Tensor, before: Tensor, momentum: float) -> Tensor:
 def wrong_share(reliability: Tensor) -> Tensor:
     """The share of wrong pairs among rows of known reliability: twice what their mean lacks to 1, at most 1.
 
-    r of wrong pairs is uniform, so its mean is one half.
+    r of wrong pairs is uniform, so its mean is one half. Encoders that know nothing yet make every pair look wrong.
 
     Args:
         reliability: float [rows], UNKNOWN where nothing is known.

@@ -63,14 +63,14 @@ def agreement(query_a: Tensor, query_t: Tensor, audio: Tensor, text: Tensor, tem
 
 
 def slow_weights(trust: Reliability, known: Neighbours) -> list[float]:
-    """r^(gamma x share of wrong pairs) of the running mean, from the measured r of this step."""
+    """r^(gamma x share x (1 - share)) of the running mean, from the measured r of this step."""
     now = run(Knowledge(reliability=trust), replace(known, own_reliability=torch.full((6,), -1.0))).reliability
     mean = [
         trust.momentum * float(b) + (1 - trust.momentum) * float(r)
         for b, r in zip(known.own_reliability, now, strict=True)
     ]
     share = 2 * sum(1 - float(r) for r in known.reliability) / len(known)
-    return [r ** (trust.gamma * share) for r in mean]
+    return [r ** (trust.gamma * share * (1 - share)) for r in mean]
 
 
 def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> dict[str, float]:
@@ -125,6 +125,15 @@ def test_reliability_is_told_for_every_local_pair():
     assert run(Knowledge(reliability=ALWAYS), None).reliability.tolist() == [-1.0] * 6
     fewer_rows_than_rank = replace(bank_rows(31), own_reliability=torch.full((6,), -1.0))
     assert run(Knowledge(), fewer_rows_than_rank).reliability.tolist() == [-1.0] * 6
+
+
+def test_encoders_that_make_every_pair_look_wrong_leave_all_pairs_their_weight():
+    trust = Reliability(start=0.0, rank=4, gamma=50.0)
+    only_weights = Knowledge(start=1.0, reliability=trust)
+    untrained = replace(bank_rows(), own_reliability=torch.full((6,), 0.5), reliability=torch.full((12,), 0.5))
+    assert run(only_weights, untrained, progress=0.5).loss.item() == pytest.approx(plain_loss())
+    mixed = replace(untrained, reliability=torch.tensor([0.5] * 6 + [1.0] * 6))
+    assert run(only_weights, mixed, progress=0.5).loss.item() < 0.1 * plain_loss()
 
 
 def plain_loss() -> float:
