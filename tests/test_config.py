@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ask_dist import config as configuration
+from ask_dist.ablation import space as ablation
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.tune import space
@@ -41,9 +42,11 @@ def test_there_are_shipped_configurations():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_configuration_is_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # a sweep names its base relative to the working folder
-    if "search" in yaml.safe_load(path.read_text()):
-        sweep = space.load(path)
-        assert sweep.search
+    tree = yaml.safe_load(path.read_text())
+    if "search" in tree:
+        assert space.load(path).search
+    elif "arms" in tree:
+        assert ablation.load(path).arms
     else:
         config = configuration.load(path)
         assert config.name == path.stem
