@@ -72,7 +72,8 @@ def test_the_actor_answers_as_the_bank_does(start_actor, rows):
 
 
 def test_a_bank_process_imports_no_torch(local_ray):
-    @ray.remote(num_cpus=0)
+    # An environment of its own, so that no process is taken that another test's task ran in.
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": {"OF_ITS_OWN": "1"}})
     def loaded_modules() -> set[str]:
         import sys
 
