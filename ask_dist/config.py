@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -147,9 +148,9 @@ class Bank(Section):
 class Refine(Section):
     """The refiner that keeps the bank in step with the moving encoders."""
 
-    strategy: Literal["none", "linear", "knn_mean", "mlp", "gnn"] = "gnn"
+    strategy: Literal["none", "linear", "knn_mean", "kernel", "mlp", "gnn"] = "kernel"
     interval: Weight = Field(2.0, description="least seconds between two generations")
-    cpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.25, description="most of one core that it takes")
+    cpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="most of one core that it takes")
     neighbours: Count = Field(16, description="edges a row of the graph")
     hidden: Count = 128
     steps: Count = Field(60, description="optimizer steps a generation")
@@ -220,6 +221,27 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
         InputError: the file is missing or not a mapping, a key is unknown (the nearest is named), or a value is out of
             range.
     """
+    return parse(read(path, overrides))
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """Validates a mapping; raises InputError with one line that names every problem."""
+    return validated(Config, tree)
+
+
+def read(
+    path: Path, overrides: list[str] | tuple[str, ...] = (), *, example: str = "configs/quickstart.yaml"
+) -> dict[str, Any]:
+    """A YAML mapping with its overrides applied, before any schema looks at it.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` each; the value is read as YAML.
+        example: a file of this kind, for who gave another.
+
+    Raises:
+        InputError: the file is missing, unreadable or not a mapping, or an override has another form.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -227,18 +249,18 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path} holds {type(tree).__name__}, not a mapping of sections; see configs/quickstart.yaml")
+        raise InputError(f"{path} holds {type(tree).__name__}, not a mapping of sections; see {example}")
     for override in overrides:
         apply_override(tree, override)
-    return parse(tree)
+    return tree
 
 
-def parse(tree: dict[str, Any]) -> Config:
-    """Validates a mapping; raises InputError with one line that names every problem."""
+def validated(schema: type[Checked], tree: dict[str, Any]) -> Checked:
+    """A mapping as the schema has it; raises InputError with one line that names every problem."""
     try:
-        return Config.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(problem) for problem in error.errors())) from None
+        raise InputError("; ".join(_explain(schema, problem) for problem in error.errors())) from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -263,12 +285,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
-def _explain(problem: Any) -> str:
+def _explain(schema: type[BaseModel], problem: Any) -> str:
     """One problem of pydantic's list, as one line with value and remedy."""
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
-        known = list(_section(location[:-1]).model_fields)
+        known = list(_section(schema, location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         remedy = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {name}; {remedy}"
@@ -280,10 +302,11 @@ def _explain(problem: Any) -> str:
     return f"{name}={problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _section(location: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _section(schema: type[BaseModel], location: list[str]) -> type[BaseModel]:
+    section: Any = schema
     for part in location:
-        annotation = section.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        section = annotation
+        if get_origin(section) is None:
+            section = section.model_fields[part].annotation
+        else:  # a mapping's values, or a tuple's entries
+            section = next(kind for kind in reversed(get_args(section)) if kind is not Ellipsis)
     return section

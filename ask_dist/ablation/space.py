@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ask_dist import config as configuration
 from ask_dist.config import Count, Knowledge, Model, Positive, Refine, Section, Share
-from ask_dist.errors import InputError
 
 Loss = Literal["ask", "info_nce", "siglip", "xbm", "global_contrast", "grad_cache"]
 
@@ -43,7 +41,7 @@ class Arm(Section):
     memory: Count = Field(1024, description="pairs that xbm remembers")
     momentum: Share = Field(0.8, description="of global_contrast: weight of the newest value")
     knowledge: Knowledge = Knowledge()
-    strategy: Literal["none", "linear", "knn_mean", "mlp", "gnn", "reencode"] = Refine().strategy
+    strategy: Literal["none", "linear", "knn_mean", "kernel", "mlp", "gnn", "reencode"] = Refine().strategy
     bank: Literal["live", "once"] = Field("live", description="once: encoded when the gate opens, never again")
     knowledge_corpus: bool = Field(False, description="the bank holds the corpus's knowledge_scenes too")
 
@@ -165,17 +163,5 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ablation:
     Raises:
         InputError: the file is missing or no mapping, a key is unknown, or a value is out of range.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is no readable ablation: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} holds {type(tree).__name__}, not a mapping; see configs/ablation.yaml")
-    for override in overrides:
-        configuration.apply_override(tree, override)
-    try:
-        return Ablation.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "ablation"
-        raise InputError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    tree = configuration.read(path, overrides, example="configs/ablation.yaml")
+    return configuration.validated(Ablation, tree)

@@ -30,6 +30,7 @@ from ask_dist.losses.grad_cache import grad_cache
 from ask_dist.losses.objective import AskObjective
 from ask_dist.losses.siglip import siglip
 from ask_dist.models.dual_encoder import DualEncoder
+from ask_dist.processor import use_cpu
 from ask_dist.train.engine import learning_rate, parameter_groups
 
 ENCODE_BATCH = 128
@@ -60,7 +61,7 @@ def run_trial(trial: Trial, cache: Path) -> Outcome:
     Raises:
         InputError: the corpus is missing or smaller than asked.
     """
-    torch.set_num_threads(1)
+    use_cpu(1)
     corpus = trial.corpus
     train, validation, test = (load_inputs(corpus, split, cache) for split in SPLITS)
     scenes = corpus.scenes or len(train) - corpus.knowledge_scenes

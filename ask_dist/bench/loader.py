@@ -15,6 +15,7 @@ import webdataset
 
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.shards import ShardList, read_sizes
+from ask_dist.processor import use_cpu
 
 BATCH = 32
 
@@ -28,6 +29,7 @@ def loader_vs_webdataset(shards_folder: Path, rounds: int = 5) -> dict[str, floa
     Returns:
         Medians over the rounds: "loader" and "webdataset" in samples/s, and their "ratio".
     """
+    use_cpu(1)  # as a worker does, whose thread reads
     shards = ShardList.load(shards_folder)
     loader = TrainLoader(
         shards,

@@ -14,12 +14,13 @@ from ask_dist.bank.prototypes import build_prototypes
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import mean_drift, neighbour_overlap
 from ask_dist.refine.gnn import Gnn
-from ask_dist.refine.strategies import KnnMean, Linear, Mlp, NoChange, Settings, Task
+from ask_dist.refine.strategies import Kernel, KnnMean, Linear, Mlp, NoChange, Settings, Task
 
 STRATEGIES: dict[str, type[NoChange]] = {
     "none": NoChange,
     "linear": Linear,
     "knn_mean": KnnMean,
+    "kernel": Kernel,
     "mlp": Mlp,
     "gnn": Gnn,
 }
@@ -90,7 +91,7 @@ class Refiner:
 
     def __init__(
         self,
-        strategy: str = "gnn",
+        strategy: str = "kernel",
         *,
         anchor: Literal["generation", "first"] = "generation",
         minimum_fresh: int = 64,

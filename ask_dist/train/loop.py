@@ -27,6 +27,7 @@ from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
 from ask_dist.models.dual_encoder import Features, build_dual_encoder
 from ask_dist.models.text import Vocabulary
+from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource
@@ -83,7 +84,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device() if job["use_gpu"] else torch.device("cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        use_cpu(config.cluster.cpus_per_worker)
     torch.manual_seed(config.seed)
     vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)
     shards = load_shards(config)

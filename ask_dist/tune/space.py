@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ask_dist import config as configuration
 from ask_dist.config import Config, Count, Section
-from ask_dist.errors import InputError
 
 
 class Distribution(Section):
@@ -59,19 +58,8 @@ class Sweep(Section):
 
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
     """Reads and validates a sweep and its base configuration; raises InputError as `config.load` does."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is no readable sweep: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} holds {type(tree).__name__}, not a mapping; see configs/tune_reliability.yaml")
-    for override in overrides:
-        configuration.apply_override(tree, override)
-    try:
-        sweep = Sweep.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    tree = configuration.read(path, overrides, example="configs/tune_reliability.yaml")
+    sweep = configuration.validated(Sweep, tree)
     lowest = {key: _lowest(distribution) for key, distribution in sweep.search.items()}
     sweep.trial_config(lowest, sweep.name, sweep.output_dir)  # every searched key must exist
     return sweep

@@ -59,6 +59,8 @@ def test_the_shipped_ablation_is_valid_and_its_smoke_keeps_every_arm_of_the_corp
         ("arms: [ask]", "arms: [corpus]", "needs corpora.scenes.knowledge_scenes above 0"),
         ("loss: info_nce", "loss: infonce", "arms.plain.loss"),
         ("seeds: [0, 1]", "seeds: []", "seeds"),
+        ("loss: info_nce", "lose: info_nce", "unknown key arms.plain.lose; did you mean arms.plain.loss?"),
+        ("baseline: plain", "base_line: plain", "did you mean experiments.0.baseline?"),
     ],
 )
 def test_what_can_not_be_run_is_refused_in_one_line(tmp_path, old, new, message):
@@ -69,5 +71,5 @@ def test_what_can_not_be_run_is_refused_in_one_line(tmp_path, old, new, message)
 
 
 def test_a_file_that_is_not_there_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="no readable ablation"):
+    with pytest.raises(InputError, match="no configuration file"):
         load(tmp_path / "none.yaml")

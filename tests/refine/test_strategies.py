@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ask_dist.bank.prototypes import unit_rows
 from ask_dist.evaluate.drift import mean_drift, neighbour_overlap
 from ask_dist.refine.gnn import Gnn
 from ask_dist.refine.refiner import STRATEGIES
-from ask_dist.refine.strategies import RIDGE, Mlp, Settings, Task, linear_map
+from ask_dist.refine.strategies import RIDGE, Kernel, Mlp, Settings, Task, linear_map
 
 KNOWN, WANTED = 600, 400
 
@@ -26,10 +27,10 @@ def test_each_strategy_corrects_rows_it_never_saw(task_and_truth):
     overlap = {name: neighbour_overlap(values, truth) for name, values in moved.items()}
     np.testing.assert_array_equal(moved["none"], task.wanted)
     assert max(drift["gnn"], drift["mlp"]) < drift["linear"] < 0.5 * drift["none"]
-    assert drift["knn_mean"] < drift["linear"]
+    assert max(drift["knn_mean"], drift["kernel"]) < drift["linear"]
     assert min(overlap["gnn"], overlap["mlp"]) > overlap["linear"]
     assert overlap["gnn"] > overlap["none"]
-    for name in ("linear", "knn_mean", "mlp", "gnn"):
+    for name in ("linear", "knn_mean", "kernel", "mlp", "gnn"):
         np.testing.assert_allclose(np.linalg.norm(moved[name], axis=1), 1, atol=1e-5)
 
 
@@ -42,6 +43,25 @@ def test_the_linear_map_solves_its_ridge_problem(rows, drift):
     error = move(known) - task.fresh
     np.testing.assert_allclose(error.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(known.T @ error + RIDGE * weight, 0, atol=1e-4)
+
+
+def test_the_kernel_regression_solves_its_ridge_problem(rows, drift):
+    known, wanted = rows(80), rows(30)
+    task = Task(known, drift(known), wanted)
+    move = linear_map(task)
+    distance = 1.0 - known.astype(np.float64) @ known.T
+    kernel = np.exp(-distance / np.median(distance))
+    # With every known row as a centre the Nyström form is plain kernel ridge regression.
+    weight = np.linalg.solve(kernel + RIDGE * np.eye(len(known)), drift(known) - move(known))
+    across = np.exp((wanted.astype(np.float64) @ known.T - 1.0) / np.median(distance))
+    expected = unit_rows(move(wanted) + across @ weight)
+    np.testing.assert_allclose(Kernel(Settings()).fit_apply(task), expected, atol=1e-3)
+
+
+def test_the_kernel_regression_bears_equal_rows(rows, drift):
+    known = np.repeat(rows(40), 30, axis=0)
+    moved = Kernel(Settings()).fit_apply(Task(known, drift(known), known))
+    assert mean_drift(moved, drift(known)) < 0.1 * mean_drift(known, drift(known))
 
 
 def test_a_common_shift_is_no_matter_of_the_ridge(rows):
