@@ -17,7 +17,7 @@ MODULES = {
 }
 ONLY_IN = {"deepspeed": "train.engine", "faiss": "bank.index", "torch_geometric": "refine.gnn"}
 NO_RAY = {
-    "": ["config", "errors", "files", "losses", "models", "data", "evaluate"],
+    "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate"],
     "bank.": ["memory", "index", "prototypes", "store", "local"],
     "refine.": ["graph", "gnn", "strategies", "refiner"],
     "train.": ["engine", "checkpoint", "tracking", "progress"],

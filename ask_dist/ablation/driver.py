@@ -29,7 +29,7 @@ CACHE = Path(".cache/ablation")
 
 
 def ablate(ablation: Ablation, console: Console, *, only_report: bool = False) -> Path:
-    """Runs the trials that are not done yet, and writes ablation.json, ablation.html and plots.
+    """Runs the trials that are not done yet, and writes ablation.json, ablation.md, ablation.html and plots.
 
     A trial is done when its file holds an outcome of exactly these settings, so a second call goes on where the first
     was interrupted, and repeats what was changed.

@@ -1,4 +1,4 @@
-"""ablation.json, ablation.html and the table on the terminal."""
+"""ablation.json, ablation.html, ablation.md and the table on the terminal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,31 @@ from rich.table import Table
 
 from ask_dist.ablation.analysis import Row
 from ask_dist.ablation.plots import RECALL, plots
+from ask_dist.ablation.probes import ATTRIBUTES
 from ask_dist.ablation.space import Ablation
 from ask_dist.files import write_atomically
 
+# The columns of ablation.md: metrics in percent with their intervals, and others.
+SHARES = {
+    RECALL: "R@1",
+    "audio_to_text_R@1": "audio to text",
+    "tail_text_to_audio_R@1": "tail",
+    **{f"probe_{attribute}": attribute for attribute in ATTRIBUTES},
+}
+FIGURES = {
+    "auroc": "AUROC",
+    **{f"{what}_{of}": f"{what}, {of}" for what in ("drift", "overlap") for of in ("audio", "text")},
+    "refine_seconds": "s a generation",
+    "encode_seconds": "s to re-encode",
+}
+
 
 def write_report(folder: Path, ablation: Ablation, rows: Sequence[Row], machine: dict[str, Any]) -> None:
-    """Writes ablation.json (a list of rows), machine.json, the plots and ablation.html, which holds them."""
+    """Writes ablation.json (a list of rows), ablation.md, machine.json, plots and ablation.html, which holds them."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "ablation.json", json.dumps([_plain(row) for row in rows], indent=1).encode())
     write_atomically(folder / "machine.json", json.dumps(machine, indent=1).encode())
+    write_atomically(folder / "ablation.md", markdown(rows).encode())
     drawn = plots(rows)
     for name, content in drawn.items():
         write_atomically(folder / name, content)
@@ -50,6 +66,30 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
             facts = (f"{row.noise:.0%}", row.arm, str(len(row.seeds)), f"{row.mean:.1f}", row.baseline)
             table.add_row(row.corpus, *facts, f"{row.difference:+.1f}", interval, f"{row.seconds:.0f}")
     console.print(table)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Tables of Markdown: an arm a line, mean and difference to the baseline with its interval."""
+    parts = []
+    for title, metrics in _sections(rows).items():
+        columns = [name for name in (*SHARES, *FIGURES) if name in metrics]
+        lines = {row.arm: [row.arm, str(len(row.seeds)), f"{row.seconds:.0f}"] for row in metrics[RECALL]}
+        for name in columns:
+            cells = {row.arm: _cell(row, name in SHARES) for row in metrics[name]}
+            for arm, line in lines.items():
+                line.append(cells.get(arm, ""))
+        head = ["arm", "seeds", "seconds", *((SHARES | FIGURES)[name] for name in columns)]
+        table = [head, ["---"] * len(head), *lines.values()]
+        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(row: Row, share: bool) -> str:
+    if not share:
+        return _number(row.mean)
+    if row.arm == row.baseline:
+        return f"{row.mean:.1f}"
+    return f"{row.mean:.1f}, {row.difference:+.1f} ({row.low:+.1f} to {row.high:+.1f})"
 
 
 def _sections(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
