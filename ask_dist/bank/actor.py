@@ -27,7 +27,7 @@ class BankActor:
     def __init__(self, *, neighbours: int, state_path: str | None = None, **settings: Any) -> None:
         self._neighbours, self._settings = neighbours, settings
         self._bank = KnowledgeBank(**settings)
-        if state_path is not None and store.exists(state_path):
+        if state_path is not None and store.snapshots(state_path):
             self.load_state(store.load(state_path))
 
     def search_ids(self, ids: np.ndarray) -> Knowledge:

@@ -1,73 +1,225 @@
-"""The bank on disk: one safetensors file and a manifest that vouches for it.
+"""The bank on disk: a folder of snapshots, each a safetensors file and a manifest that vouches for every block of it.
 
-The manifest names its data file, whose name carries the data's checksum; replacing the manifest is the one moment at
-which a new store takes the old one's place, so a crash at any point leaves a store that loads.
+    snapshot-000000012.safetensors   the arrays of `KnowledgeBank.state()`
+    snapshot-000000012.json          the manifest, one line of JSON and its SHA-256
+
+The manifest comes last, so a save that got no further than the data is no snapshot. The one before stays, to be taken
+if the newest turns out to be damaged.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
-import safetensors.numpy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-from ask_dist.bank.memory import State
+from ask_dist.bank.memory import COUNTERS, PER_ROW, State
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically
 
-FORMAT = 1
-MANIFEST = "bank.json"
+KEEP = 2
+BLOCK_BYTES = 16 * 2**20
+MANIFEST_BYTES = 16 * 2**20  # a manifest is read whole; this holds the checksums of 4 TB
+NAME = re.compile(r"snapshot-(\d{9})\.json")
+
+log = logging.getLogger(__name__)
+
+Size = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def save(folder: Path | str, state: State) -> None:
-    """Write a bank's `state()` into the folder, made if missing; an older store there is replaced atomically."""
+class DamagedSnapshot(InputError):
+    """A snapshot whose files are not what was written."""
+
+
+class Manifest(BaseModel):
+    """What a snapshot says of itself.
+
+    Attributes:
+        rows, dim, dtype: of the embeddings. generation, newest_step: of the bank at that moment.
+        source: where the rows come from, in words.
+        bytes: of the data file. blocks: SHA-256 of each `block_bytes` of it; the last may be shorter.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal[2] = 2
+    rows: Size
+    dim: Annotated[int, Field(ge=1)]
+    dtype: Literal["float16", "float32"]
+    generation: Size
+    newest_step: Size
+    source: str = ""
+    bytes: Size
+    block_bytes: Annotated[int, Field(ge=1, le=2**30)]
+    blocks: tuple[Digest, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that stands for the whole content: it covers the blocks' own."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP) -> Path:
+    """Write a bank's `state()` as the folder's newest snapshot; the folder is made if missing.
+
+    Args:
+        folder: of this bank alone; one writer at a time.
+        state: of `KnowledgeBank.state()`.
+        source: where the rows come from, for who inspects the folder.
+        keep: snapshots that stay, this one included.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or can't be written; the older snapshots are then untouched.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.numpy.save({name: np.asarray(value, order="C") for name, value in state.items()})
-    sha256 = hashlib.sha256(data).hexdigest()
-    manifest = {
-        "format": FORMAT,
-        "file": f"bank-{sha256[:16]}.safetensors",
-        "sha256": sha256,
-        "dtype": str(state["audio"].dtype),
-        "rows": len(state["ids"]),
-        "dim": state["audio"].shape[1],
-        "generation": int(state["generation"]),
-        "newest_step": int(state["newest_step"]),
-    }
-    write_atomically(folder / manifest["file"], data)
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-    for old in folder.glob("bank-*.safetensors"):
-        if old.name != manifest["file"]:
-            old.unlink()
+    older = snapshots(folder)
+    number = int(older[0].stem[-9:]) + 1 if older else 0
+    path = folder / f"snapshot-{number:09d}.json"
+    data, aside = path.with_suffix(".safetensors"), folder / ".unfinished"
+    try:
+        save_file({name: np.asarray(value, order="C") for name, value in state.items()}, aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        manifest = Manifest(
+            rows=len(state["ids"]),
+            dim=state["audio"].shape[1],
+            dtype=str(state["audio"].dtype),  # type: ignore[arg-type]
+            generation=int(state["generation"]),
+            newest_step=int(state["newest_step"]),
+            source=source,
+            bytes=aside.stat().st_size,
+            block_bytes=BLOCK_BYTES,
+            blocks=tuple(_digests(aside, BLOCK_BYTES)),
+        )
+        os.replace(aside, data)
+    finally:
+        aside.unlink(missing_ok=True)
+    write_atomically(path, f"{manifest.model_dump_json()}\n{manifest.digest}\n".encode())
+    for outdated in older[keep - 1 :]:
+        outdated.unlink()  # before its data: what has no manifest is no snapshot
+        outdated.with_suffix(".safetensors").unlink(missing_ok=True)
+    return path
 
 
 def load(folder: Path | str) -> State:
-    """The state that `save` wrote.
+    """The state of the newest snapshot that is whole. One that is damaged is named in a warning.
 
     Raises:
-        InputError: no store there, one of another format, or one whose data does not match its manifest.
+        InputError: no snapshot there, or none that is whole.
     """
-    folder = Path(folder)
+    damaged = []
+    for path in snapshots(folder):
+        try:
+            state = read(path)
+        except DamagedSnapshot as error:
+            damaged.append(str(error))
+            continue
+        for reason in damaged:
+            log.warning("%s; %s is used in its place", reason, path.name)
+        return state
+    raise InputError("; ".join(damaged) or f"{folder} holds no readable bank: give a folder with snapshot-*.json")
+
+
+def snapshots(folder: Path | str) -> list[Path]:
+    """The manifests in a folder, newest first."""
+    found = Path(folder).glob("snapshot-*.json")
+    return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
+
+
+def read(path: Path) -> State:
+    """The state of one snapshot, every byte of it checked.
+
+    Args:
+        path: of its manifest.
+
+    Raises:
+        DamagedSnapshot: a file is missing or is not what was written, or its arrays are no bank.
+    """
+    manifest, data = read_manifest(path), path.with_suffix(".safetensors")
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            raise InputError(f"{folder} has bank format {manifest['format']}, not {FORMAT}: save the bank again")
-        data = (folder / Path(manifest["file"]).name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-            raise InputError(f"{folder / manifest['file']} does not match its checksum: restore it from a good copy")
-        state = safetensors.numpy.load(data)
-        shape = (manifest["rows"], manifest["dim"])
-        if not state["audio"].shape == state["text"].shape == shape or len(state["ids"]) != shape[0]:
-            raise InputError(f"{folder} holds rows of shape {state['audio'].shape}, its manifest says {shape}")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder} holds no readable bank ({type(error).__name__}: {error})") from error
+        if data.stat().st_size != manifest.bytes:
+            raise DamagedSnapshot(f"{data} has {data.stat().st_size} bytes, not {manifest.bytes}: {_remedy(path)}")
+        for number, (found, wanted) in enumerate(_pairs(data, manifest)):
+            if found != wanted:
+                raise DamagedSnapshot(f"{data} does not match its checksum in block {number}: {_remedy(path)}")
+        state = load_file(data)
+    except (OSError, SafetensorError) as error:
+        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
+    problem = _problem(state, manifest)
+    if problem:
+        raise DamagedSnapshot(f"{data} is no bank: {problem}; {_remedy(path)}")
     return state
 
 
-def exists(folder: Path | str) -> bool:
-    """Whether a bank was saved into the folder."""
-    return (Path(folder) / MANIFEST).exists()
+def read_manifest(path: Path) -> Manifest:
+    """What a snapshot says of itself; its data is not looked at.
+
+    Raises:
+        DamagedSnapshot: it is missing or is not what was written.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MANIFEST_BYTES)
+        manifest = Manifest.model_validate_json(content.partition(b"\n")[0])
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise DamagedSnapshot(f"{path} is no manifest of a bank ({reason}): {_remedy(path)}") from None
+    if content != f"{manifest.model_dump_json()}\n{manifest.digest}\n".encode():
+        raise DamagedSnapshot(f"{path} does not match its checksum: {_remedy(path)}")
+    return manifest
+
+
+def _problem(state: State, manifest: Manifest) -> str | None:
+    """Why arrays that were written like this are no bank, or None."""
+    rows, dim = manifest.rows, manifest.dim
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        name: ((rows,), np.dtype(kind)) for name, kind in PER_ROW.items()
+    }
+    wanted |= {name: ((rows, dim), np.dtype(manifest.dtype)) for name in ("audio", "text")}
+    wanted |= {name: ((), np.dtype(np.int64)) for name in ("generation", "newest_step")}
+    wanted["counts"] = ((len(COUNTERS),), np.dtype(np.int64))
+    for name, (shape, kind) in wanted.items():
+        if name not in state:
+            return f"{name} is missing"
+        if (state[name].shape, state[name].dtype) != (shape, kind):
+            return f"{name} is {state[name].dtype} {list(state[name].shape)}, not {kind} {list(shape)}"
+    if len(np.unique(state["ids"])) != rows:
+        return "an id occurs twice"
+    if not all(np.isfinite(state[name]).all() for name in ("audio", "text", "reliability")):
+        return "a value is not finite"
+    for name in state.keys() - wanted.keys():
+        if not re.fullmatch(r"prototypes\.(generation|\d+\.(audio|text))", name):
+            return f"{name} is not known"
+        if name != "prototypes.generation" and (state[name].ndim, state[name].shape[-1]) != (2, dim):
+            return f"{name} has shape {list(state[name].shape)}, not [n, {dim}]"
+    return None
+
+
+def _pairs(data: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    if len(manifest.blocks) != -(-manifest.bytes // manifest.block_bytes):
+        raise DamagedSnapshot(f"{data}: {len(manifest.blocks)} checksums don't cover {manifest.bytes} bytes")
+    yield from zip(_digests(data, manifest.block_bytes), manifest.blocks, strict=True)
+
+
+def _digests(path: Path, block_bytes: int) -> Iterator[str]:
+    with open(path, "rb") as file:
+        while block := file.read(block_bytes):
+            yield hashlib.sha256(block).hexdigest()
+
+
+def _remedy(path: Path) -> str:
+    return f"remove {path.stem}.*, or restore it from a good copy"

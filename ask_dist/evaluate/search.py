@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from safetensors.numpy import save
 from ask_dist.bank.index import exact_search
 from ask_dist.data.shards import write_text
 from ask_dist.errors import InputError
+from ask_dist.files import write_atomically
 
 FEATURES, CLIPS = "audio_features.safetensors", "clips.jsonl"
 FORMAT = "1"
@@ -73,7 +73,7 @@ class SearchIndex:
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(asdict(clip)) + "\n" for clip in self.clips)
         metadata = {"format": FORMAT, "clips_sha256": _digest(lines)}
-        _write_bytes(folder / FEATURES, save({"audio_features": self.audio_features}, metadata))
+        write_atomically(folder / FEATURES, save({"audio_features": self.audio_features}, metadata))
         write_text(folder / CLIPS, lines)
 
     @classmethod
@@ -162,7 +162,7 @@ def extract_clip(shards_folder: Path, shard: str, key: str, out: Path) -> Path:
         raise InputError(
             f"no FLAC file {key}.flac in {path}: the shards changed since the index was built; build it again"
         )
-    _write_bytes(out, data)
+    write_atomically(out, data)
     return out
 
 
@@ -172,12 +172,3 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from ask_dist.bank import store
-from ask_dist.bank.memory import Commit, KnowledgeBank
+from ask_dist.bank.memory import Commit, KnowledgeBank, State
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.errors import InputError
 
@@ -20,6 +24,10 @@ def state(rng):
     halves = [(bank.snapshot().audio[:4], bank.snapshot().text[:4])]
     bank.commit(Commit.of_prototypes(halves, bank.snapshot()))
     return bank.state()
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_was_saved_comes_back(tmp_path, state):
@@ -34,56 +42,151 @@ def test_what_was_saved_comes_back(tmp_path, state):
     assert restored.prototypes is not None
 
 
-def test_a_second_save_replaces_the_first(tmp_path, state):
-    store.save(tmp_path, state)
-    state["newest_step"] = np.array(77)
-    store.save(tmp_path, state)
+def test_an_empty_bank_comes_back(tmp_path):
+    store.save(tmp_path, KnowledgeBank(dim=8, capacity=100).state())
+    assert len(store.load(tmp_path)["ids"]) == 0
+
+
+def test_the_newest_and_the_one_before_stay(tmp_path, state):
+    paths = []
+    for step in (5, 6, 77):
+        state["newest_step"] = np.array(step)
+        paths.append(store.save(tmp_path, state))
+    assert store.snapshots(tmp_path) == paths[:0:-1]
+    assert len(files_of(tmp_path)) == 4
     assert int(store.load(tmp_path)["newest_step"]) == 77
-    assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_crash_before_the_manifest_leaves_the_old_store(tmp_path, state):
-    store.save(tmp_path, state)
-    (tmp_path / "bank-0123456789abcdef.safetensors").write_bytes(b"the data of a save that got no further")
+def test_a_manifest_says_what_the_snapshot_is(tmp_path, state):
+    first, second = store.save(tmp_path, state, source="a corpus"), store.save(tmp_path, state, source="a corpus")
+    manifest = store.read_manifest(first)
+    assert (manifest.rows, manifest.dim, manifest.dtype, manifest.source) == (40, 8, "float16", "a corpus")
+    assert manifest.digest == store.read_manifest(second).digest
+    state["audio"] = -state["audio"]
+    assert store.read_manifest(store.save(tmp_path, state, source="a corpus")).digest != manifest.digest
+
+
+def test_a_crash_before_the_manifest_leaves_the_snapshot_before(tmp_path, state):
+    path = store.save(tmp_path, state)
+    (tmp_path / "snapshot-000000001.safetensors").write_bytes(b"the data of a save that got no further")
+    np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
+    assert store.save(tmp_path, state) > path
     np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
 
 
-@pytest.mark.parametrize("position", [0, 20, -1])
-def test_a_flipped_byte_is_refused(tmp_path, state, position):
-    store.save(tmp_path, state)
-    (data,) = tmp_path.glob("*.safetensors")
+def test_every_flipped_byte_is_found(tmp_path, rng):
+    bank = KnowledgeBank(dim=2, capacity=10)
+    bank.upsert(np.arange(3), rng.normal(size=(3, 2)), rng.normal(size=(3, 2)), None, step=3)
+    path = store.save(tmp_path, bank.state())
+    for file in (path, path.with_suffix(".safetensors")):
+        content = file.read_bytes()
+        for position in range(len(content)):
+            damaged = bytearray(content)
+            damaged[position] ^= 1 << rng.integers(8)
+            file.write_bytes(damaged)
+            with pytest.raises(store.DamagedSnapshot):
+                store.read(path)
+        file.write_bytes(content)
+    store.read(path)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_the_damaged_block_is_named(tmp_path, state, monkeypatch, block_bytes):
+    monkeypatch.setattr(store, "BLOCK_BYTES", block_bytes)
+    path = store.save(tmp_path, state)
+    data = path.with_suffix(".safetensors")
     content = bytearray(data.read_bytes())
-    content[position] ^= 0xFF
+    content[250] ^= 1
     data.write_bytes(content)
-    with pytest.raises(InputError, match="does not match its checksum"):
+    with pytest.raises(store.DamagedSnapshot, match=f"in block {250 // block_bytes}:"):
+        store.read(path)
+
+
+def test_a_damaged_snapshot_gives_way_to_the_one_before(tmp_path, state, caplog):
+    first = store.save(tmp_path, state)
+    state["newest_step"] = np.array(77)
+    second = store.save(tmp_path, state)
+    second.with_suffix(".safetensors").write_bytes(b"cut")
+    with caplog.at_level(logging.WARNING):
+        assert int(store.load(tmp_path)["newest_step"]) == 3
+    (said,) = caplog.messages
+    assert "snapshot-000000001.safetensors has 3 bytes" in said
+    assert f"{first.name} is used" in said
+    first.unlink()
+    with pytest.raises(InputError, match=r"snapshot-000000001\.safetensors has 3 bytes"):
         store.load(tmp_path)
+
+
+def rewritten(path: Path, state: State, **changes: object) -> None:
+    """A snapshot with checksums that fit, made by someone else's program."""
+    data = path.with_suffix(".safetensors")
+    safetensors.numpy.save_file({name: np.asarray(value, order="C") for name, value in state.items()}, data)
+    tree = store.read_manifest(path).model_dump() | {
+        "bytes": data.stat().st_size,
+        "blocks": tuple(store._digests(data, store.BLOCK_BYTES)),
+    }
+    manifest = store.Manifest.model_construct(**(tree | changes))
+    path.write_text(f"{manifest.model_dump_json()}\n{manifest.digest}\n")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [({"rows": 41}, "its manifest says"), ({"format": 2}, "bank format 2"), ({"sha256": "0"}, "checksum")],
+    ("name", "make", "message"),
+    [
+        ("audio", lambda rows: rows[:, :4], r"audio is float16 \[40, 4\], not float16 \[40, 8\]"),
+        ("text", lambda rows: rows[:5], r"text is float16 \[5, 8\]"),
+        ("text", lambda rows: rows * np.float16(np.inf), "a value is not finite"),
+        ("step", lambda rows: rows.astype(np.int32), "step is int32"),
+        ("ids", lambda rows: rows * 0, "an id occurs twice"),
+        ("counts", lambda rows: rows[:1], "counts is int64"),
+        ("prototypes.0.audio", lambda rows: rows[:, :3], "prototypes.0.audio has shape"),
+    ],
 )
-def test_a_manifest_that_does_not_fit_is_refused(tmp_path, state, change, message):
-    store.save(tmp_path, state)
-    manifest = tmp_path / store.MANIFEST
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
-    with pytest.raises(InputError, match=message):
-        store.load(tmp_path)
+def test_arrays_that_are_no_bank_are_refused(tmp_path, state, name, make, message):
+    path = store.save(tmp_path, state)
+    rewritten(path, state | {name: make(state[name])})
+    with pytest.raises(store.DamagedSnapshot, match=message):
+        store.read(path)
 
 
-@pytest.mark.parametrize("manifest", [None, "", "{}", "[]", "not json"])
-def test_no_store_or_half_a_store_is_refused(tmp_path, state, manifest):
+def test_missing_and_unknown_arrays_are_refused(tmp_path, state):
+    path = store.save(tmp_path, state)
+    rewritten(path, state | {"weights": np.zeros(3)})
+    with pytest.raises(store.DamagedSnapshot, match="weights is not known"):
+        store.read(path)
+    del state["reliability"]
+    rewritten(path, state)
+    with pytest.raises(store.DamagedSnapshot, match="reliability is missing"):
+        store.read(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 10**15},
+        {"dim": 9},
+        {"dim": 0},
+        {"rows": -1},
+        {"bytes": 10**15},
+        {"block_bytes": 2**40},
+        {"blocks": ()},
+        {"format": 1},
+        {"dtype": "object"},
+        {"source": 3},
+        {"file": "../elsewhere.safetensors"},
+    ],
+)
+def test_a_crafted_manifest_is_refused(tmp_path, state, changes):
+    path = store.save(tmp_path, state)
+    tree = json.loads(path.read_text().partition("\n")[0]) | changes
+    line = json.dumps(tree, separators=(",", ":"))
+    path.write_text(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
+    with pytest.raises(store.DamagedSnapshot):
+        store.read(path)
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{}", "[]", "not json", "{" * 100_000])
+def test_no_snapshot_or_half_a_one_is_refused(tmp_path, manifest):
     if manifest is not None:
-        (tmp_path / store.MANIFEST).write_text(manifest)
-    with pytest.raises(InputError, match="holds no readable bank"):
+        (tmp_path / "snapshot-000000000.json").write_text(manifest)
+    with pytest.raises(InputError, match=r"holds no readable bank|is no manifest of a bank"):
         store.load(tmp_path)
-
-
-def test_a_manifest_cannot_point_outside_its_folder(tmp_path, state):
-    store.save(tmp_path / "elsewhere", state)
-    manifest = json.loads((tmp_path / "elsewhere" / store.MANIFEST).read_text())
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    (inside / store.MANIFEST).write_text(json.dumps({**manifest, "file": f"../elsewhere/{manifest['file']}"}))
-    with pytest.raises(InputError, match="holds no readable bank"):
-        store.load(inside)
