@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(help="Build a corpus from what packages carry.", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
+bank_app = typer.Typer(help="Knowledge from outside a run: a bank folder of another corpus.", no_args_is_help=True)
+app.add_typer(bank_app, name="bank")
 console = Console()
 INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
@@ -35,6 +37,7 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, s
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as optimization.epochs=5")
 ]
+BankFolder = Annotated[Path, typer.Argument(metavar="BANK", help="folder of a bank, such as banks/wavcaps")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a finished run, such as runs/quickstart")]
 
 
@@ -139,6 +142,13 @@ def ablate(
     run(smoke_of(loaded) if smoke else loaded, console, only_report=report_only)
 
 
+class Half(StrEnum):
+    """Of a row of the bank."""
+
+    audio = "audio"
+    text = "text"
+
+
 class Recipe(StrEnum):
     """The corpora that can be built here."""
 
@@ -189,6 +199,56 @@ def corpus_build(
     target = folder or Path("shards") / recipe.value.replace("-", "_")
     with writing(target):
         build_with_progress(recipe.value, target, seed, sizes, swap_captions, console)
+
+
+@bank_app.command("build")
+def bank_build(
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="folder of shards")],
+    folder: BankFolder,
+    run: Annotated[Path, typer.Option("--checkpoint", help="folder of the finished run whose model encodes")],
+) -> None:
+    """Encode a corpus that training never visits into a bank folder.
+
+    Example: ask-dist bank build shards/open_sounds/train banks/open_sounds --checkpoint runs/quickstart
+    """
+    from ask_dist.evaluate.external import build
+
+    with writing(folder):
+        build(run, shards, folder, console)
+
+
+@bank_app.command("inspect")
+def bank_inspect(folder: BankFolder) -> None:
+    """Show what the snapshots of a bank folder say of themselves, newest first."""
+    from ask_dist.evaluate.external import inspect
+
+    inspect(folder, console)
+
+
+@bank_app.command("verify")
+def bank_verify(folder: BankFolder) -> None:
+    """Read every byte of a bank folder; exit code 2 names what is damaged."""
+    from ask_dist.evaluate.external import verify
+
+    verify(folder, console)
+
+
+@bank_app.command("search")
+def bank_search(
+    folder: BankFolder,
+    run: Annotated[Path, typer.Option("--checkpoint", help="folder of the run that encoded the bank")],
+    query: Annotated[str | None, typer.Argument(help="a sentence, such as 'three loud viola notes'")] = None,
+    audio: Annotated[Path | None, typer.Option(help="search with a sound instead of a sentence")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="answers")] = 10,
+    by: Annotated[Half, typer.Option(help="half of a row that is compared with the query")] = Half.audio,
+) -> None:
+    """Find the rows of a bank folder nearest to a sentence or a sound.
+
+    Example: ask-dist bank search banks/open_sounds "a door closes" --checkpoint runs/quickstart --by text
+    """
+    from ask_dist.evaluate.external import search as find
+
+    find(folder, run, query, audio, k, by.value, console)
 
 
 @app.callback(invoke_without_command=True)

@@ -61,7 +61,7 @@ def search(run_dir: Path, query: str | None, audio: Path | None, k: int, save: P
         raise InputError("search takes a sentence or --audio FILE, one of the two")
     config, model = load_model(run_dir)
     index = SearchIndex.load(run_dir / "index")
-    hits = index.search(_embed(model, config, query, audio), k)
+    hits = index.search(embed_query(model, config, query, audio), k)
     table = Table("", "score", "caption", "clip", title=escape(query or str(audio)), title_justify="left")
     for place, hit in enumerate(hits, 1):
         table.add_row(str(place), f"{hit.score:.3f}", escape(hit.caption), f"{hit.shard}: {hit.key}")
@@ -75,7 +75,12 @@ def search(run_dir: Path, query: str | None, audio: Path | None, k: int, save: P
 
 
 @torch.no_grad()
-def _embed(model: DualEncoder, config: Config, query: str | None, audio: Path | None) -> np.ndarray:
+def embed_query(model: DualEncoder, config: Config, query: str | None, audio: Path | None) -> np.ndarray:
+    """The embedding, float32 [dim] at unit length, of a sentence, or of a sound file where one is given.
+
+    Raises:
+        InputError: the sentence is empty, or the sound can't be used.
+    """
     if audio is None:
         assert query is not None
         if not query.strip():

@@ -1,0 +1,134 @@
+"""A bank of another corpus: built by a run's model, looked into, checked, searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from rich.console import Console
+
+from ask_dist import config as configuration
+from ask_dist.bank import store
+from ask_dist.config import Config
+from ask_dist.data.captions import captions
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip, ShardList, stable_id
+from ask_dist.errors import InputError
+from ask_dist.evaluate import external
+from ask_dist.files import write_atomically
+from ask_dist.models.dual_encoder import build_dual_encoder
+from ask_dist.models.saved import load_model, save_model
+from ask_dist.models.text import Vocabulary
+
+RATE, CLIPS = 16000, 30
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "train"
+    rng = np.random.default_rng(0)
+    sounds = [
+        Clip(
+            key=f"clip-{number:02d}",
+            audio=rng.normal(scale=0.1, size=RATE // 2).astype(np.float32),
+            sample_rate=RATE,
+            captions=(f"noise number {number}", f"the noise {number}")[: 1 + number % 2],
+            classes=(),
+        )
+        for number in range(CLIPS)
+    ]
+    write_shards(sounds, folder, "train", clips_per_shard=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a finished run leaves of its model, without the training."""
+    folder = tmp_path_factory.mktemp("runs") / "noise"
+    tree = {
+        "name": "noise",
+        "data": {"train": str(corpus), "clip_seconds": 0.5},
+        "model": {"embedding_dim": 32, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
+        "optimization": {"micro_batch_size": 8},
+    }
+    config: Config = configuration.parse(tree)
+    torch.manual_seed(0)
+    vocabulary = Vocabulary.train(captions(ShardList.load(corpus), 1000), config.model.text.vocabulary)
+    save_model(folder / "model", build_dual_encoder(config.model, config.data.sample_rate, vocabulary))
+    write_atomically(folder / "config.yaml", configuration.dump(config).encode())
+    return folder
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(record=True, width=200)
+
+
+def test_a_row_a_clip_as_the_model_embeds_it(corpus, run, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(external, "PART", 7)  # four parts, the last of another size
+    external.build(run, corpus, tmp_path / "bank", console)
+    state = store.load(tmp_path / "bank")
+    assert set(state["ids"].tolist()) == {stable_id(f"clip-{number:02d}") for number in range(CLIPS)}
+    assert set(state["step"].tolist()) == {0}
+    _, model = load_model(run)
+    row = state["ids"].tolist().index(stable_id("clip-05"))
+    with torch.no_grad():
+        texts = model.encode_text(model.text.tokenize(["noise number 5", "the noise 5"]))
+    mean = torch.nn.functional.normalize(texts.sum(dim=0), dim=0)
+    np.testing.assert_allclose(state["text"][row].astype(np.float32), mean.numpy(), atol=2e-3)
+    np.testing.assert_allclose(np.linalg.norm(state["audio"].astype(np.float32), axis=1), 1, atol=2e-3)
+
+
+def test_a_sound_of_the_corpus_finds_itself_and_a_caption_its_text(corpus, run, tmp_path, console):
+    bank = tmp_path / "bank"
+    external.build(run, corpus, bank, console)
+    rng = np.random.default_rng(0)
+    sound = [rng.normal(scale=0.1, size=RATE // 2).astype(np.float32) for _ in range(4)][3]
+    soundfile.write(tmp_path / "noise.flac", sound, RATE)
+    external.search(bank, run, None, tmp_path / "noise.flac", 1, "audio", console)
+    external.search(bank, run, "noise number 4", None, 1, "text", console)
+    shown = console.export_text()
+    assert "clip-03" in shown
+    assert "clip-04" in shown
+    (bank / external.CLIPS).unlink()
+    external.search(bank, run, "noise number 4", None, 1, "text", console)
+    assert f"id {stable_id('clip-04')}" in console.export_text()
+
+
+def test_snapshots_are_told_and_checked(corpus, run, tmp_path, console):
+    bank = tmp_path / "bank"
+    for _ in range(2):
+        external.build(run, corpus, bank, console)
+    external.inspect(bank, console)
+    external.verify(bank, console)
+    shown = console.export_text()
+    assert shown.count("snapshot-00000000") == 4
+    assert shown.count(f"{CLIPS} rows, every checksum right") == 2
+    data = bank / "snapshot-000000001.safetensors"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"snapshot-000000001\.safetensors has \d+ bytes"):
+        external.verify(bank, console)
+    (bank / "snapshot-000000000.json").write_text("{}")
+    external.inspect(bank, console)
+    assert "damaged" in console.export_text()
+
+
+def test_what_does_not_belong_together_is_refused(corpus, run, tmp_path, console):
+    bank = tmp_path / "bank"
+    with pytest.raises(InputError, match="holds no bank"):
+        external.inspect(bank, console)
+    with pytest.raises(InputError, match="holds no readable bank"):
+        external.search(bank, run, "noise", None, 1, "text", console)
+    external.build(run, corpus, bank, console)
+    with pytest.raises(InputError, match="one of the two"):
+        external.search(bank, run, None, None, 1, "text", console)
+    (bank / external.CLIPS).write_text('{"id": "five"}\n')
+    with pytest.raises(InputError, match=r"clips\.jsonl is damaged"):
+        external.search(bank, run, "noise", None, 1, "text", console)
+    state = store.load(bank)
+    store.save(bank, state | {name: np.repeat(state[name], 2, axis=1) for name in ("audio", "text")})
+    with pytest.raises(InputError, match="rows of width 64"):
+        external.search(bank, run, "noise", None, 1, "text", console)
