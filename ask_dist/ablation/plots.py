@@ -21,6 +21,8 @@ STYLE = {
     "axes.axisbelow": True,
 }
 RECALL = "text_to_audio_R@1"
+MEASURES = {"drift": "drift, mean 1 - cos to a fresh row", "overlap": "overlap@10 with fresh rows"}
+STORED = tuple(f"{measure}_{modality}" for measure in MEASURES for modality in ("audio", "text"))
 
 
 def plots(rows: Sequence[Row]) -> dict[str, bytes]:
@@ -34,6 +36,9 @@ def plots(rows: Sequence[Row]) -> dict[str, bytes]:
                 compared = [row for row in recall if row.baseline == baseline and row.arm != baseline]
                 if compared:
                     drawn[f"{corpus}_against_{baseline}.png"] = _differences(compared, baseline)
+                stored = [row for row in clean if row.baseline == baseline and row.metric in STORED]
+                if any(row.arm == baseline for row in stored):
+                    drawn[f"{corpus}_bank_against_{baseline}.png"] = _stored(stored)
             drawn |= _of_corpus(corpus, rows, clean)
     return drawn
 
@@ -59,6 +64,21 @@ def _differences(rows: Sequence[Row], baseline: str) -> bytes:
     axes.set_yticks(place, [f"{row.arm}  {row.mean:.1f}" for row in ordered])
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_xlabel(f"text to audio R@1, difference to {baseline} ({rows[0].baseline_mean:.1f}), 95% interval")
+    return _png(figure)
+
+
+def _stored(rows: Sequence[Row]) -> bytes:
+    """How far the bank's rows are from fresh ones at the end, by arm: drift, and overlap of the nearest."""
+    arms = list(dict.fromkeys(row.arm for row in rows))[::-1]
+    figure, panels = _figure(7.2, 1.0 + 0.32 * len(arms), columns=2)
+    for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
+        for number, modality in enumerate(("audio", "text")):
+            means = {row.arm: row.mean for row in rows if row.metric == f"{measure}_{modality}"}
+            place = np.arange(len(arms)) + (0.5 - number) * 0.38
+            axes.barh(place, [means.get(arm, np.nan) for arm in arms], 0.36, label=modality)
+        axes.set_yticks(np.arange(len(arms)), arms if measure == "drift" else [])
+        axes.set_xlabel(label)
+    panels[0].legend(frameon=False)
     return _png(figure)
 
 
@@ -93,10 +113,10 @@ def _probes(rows: Sequence[Row]) -> bytes:
     return _png(figure)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float, columns: int = 1):
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns)
 
 
 def _png(figure: Figure) -> bytes:

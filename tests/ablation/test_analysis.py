@@ -66,5 +66,11 @@ def test_plots_are_pngs_of_what_is_there():
     assert plots([]) == {}
 
 
+def test_stored_rows_are_drawn_where_the_baseline_has_some_too():
+    measures = {f"{measure}_{of}": 0.5 for measure in ("drift", "overlap") for of in ("audio", "text")}
+    outcomes = {("scenes", 0.0, arm, 0): outcome(40, **measures) for arm in ("plain", "ask")}
+    assert "scenes_bank_against_plain.png" in plots(rows(ABLATION, outcomes))
+
+
 def test_a_comparison_needs_a_common_seed():
     assert rows(ABLATION, {("scenes", 0.0, "ask", 2): outcome(50)}) == []
