@@ -20,19 +20,17 @@ from ask_dist.ablation.probes import ATTRIBUTES
 from ask_dist.ablation.space import Ablation
 from ask_dist.files import write_atomically
 
-# The columns of ablation.md: metrics in percent with their intervals, and others.
-SHARES = {
-    RECALL: "R@1",
-    "audio_to_text_R@1": "audio to text",
-    "tail_text_to_audio_R@1": "tail",
-    **{f"probe_{attribute}": attribute for attribute in ATTRIBUTES},
-}
-FIGURES = {
-    "auroc": "AUROC",
-    **{f"{what}_{of}": f"{what}, {of}" for what in ("drift", "overlap") for of in ("audio", "text")},
-    "refine_seconds": "s a generation",
-    "encode_seconds": "s to re-encode",
-}
+# The tables of ablation.md, their metrics and columns.
+TABLES = (
+    {RECALL: "R@1", "audio_to_text_R@1": "audio to text R@1", "tail_text_to_audio_R@1": "R@1, tail classes"},
+    {f"probe_{attribute}": f"probe: {attribute}" for attribute in ATTRIBUTES},
+    {
+        "auroc": "AUROC",
+        **{f"{what}_{of}": f"{what}, {of}" for what in ("drift", "overlap") for of in ("audio", "text")},
+        "refine_seconds": "s a generation",
+        "encode_seconds": "s to re-encode",
+    },
+)
 
 
 def write_report(folder: Path, ablation: Ablation, rows: Sequence[Row], machine: dict[str, Any]) -> None:
@@ -69,23 +67,31 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Tables of Markdown: an arm a line, mean and difference to the baseline with its interval."""
+    """Tables of Markdown, an arm a line: of metrics in percent the mean and the difference to the baseline."""
     parts = []
     for title, metrics in _sections(rows).items():
-        columns = [name for name in (*SHARES, *FIGURES) if name in metrics]
-        lines = {row.arm: [row.arm, str(len(row.seeds)), f"{row.seconds:.0f}"] for row in metrics[RECALL]}
-        for name in columns:
-            cells = {row.arm: _cell(row, name in SHARES) for row in metrics[name]}
-            for arm, line in lines.items():
-                line.append(cells.get(arm, ""))
-        head = ["arm", "seeds", "seconds", *((SHARES | FIGURES)[name] for name in columns)]
-        table = [head, ["---"] * len(head), *lines.values()]
-        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table))
+        parts.append(f"### {title}")
+        for names in TABLES:
+            columns = {name: label for name, label in names.items() if name in metrics}
+            cells = {name: {row.arm: _cell(row) for row in metrics[name]} for name in columns}
+            lines = [
+                [
+                    row.arm,
+                    str(len(row.seeds)),
+                    f"{row.seconds:.0f}",
+                    *(found.get(row.arm, "") for found in cells.values()),
+                ]
+                for row in metrics[RECALL]
+                if any(row.arm in found for found in cells.values())
+            ]
+            head = ["arm", "seeds", "seconds", *columns.values()]
+            table = [head, ["---"] * len(head), *lines]
+            parts += ["\n".join(f"| {' | '.join(line)} |" for line in table)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(row: Row, share: bool) -> str:
-    if not share:
+def _cell(row: Row) -> str:
+    if "R@1" not in row.metric and "probe" not in row.metric:
         return _number(row.mean)
     if row.arm == row.baseline:
         return f"{row.mean:.1f}"
