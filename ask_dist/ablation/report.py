@@ -56,14 +56,16 @@ def write_report(folder: Path, ablation: Ablation, rows: Sequence[Row], machine:
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
     """Text-to-audio R@1 of each arm, with the interval of its difference to the baseline."""
-    columns = ("corpus", "swapped", "arm", "seeds", "R@1", "baseline", "difference", "95% interval", "seconds")
-    table = Table(*columns, title="text to audio", title_justify="left")
-    for row in rows:
-        if row.metric == RECALL:
-            interval = "" if row.arm == row.baseline else f"{row.low:+.1f} to {row.high:+.1f}"
-            facts = (f"{row.noise:.0%}", row.arm, str(len(row.seeds)), f"{row.mean:.1f}", row.baseline)
-            table.add_row(row.corpus, *facts, f"{row.difference:+.1f}", interval, f"{row.seconds:.0f}")
-    console.print(table)
+    for title, metrics in _sections(rows).items():
+        table = Table("arm", "seeds", "R@1", "difference", "95% interval", "seconds", title=title, title_justify="left")
+        for row in metrics.get(RECALL, []):
+            told = (
+                ("", "")
+                if row.arm == row.baseline
+                else (f"{row.difference:+.1f}", f"{row.low:+.1f} to {row.high:+.1f}")
+            )
+            table.add_row(row.arm, str(len(row.seeds)), f"{row.mean:.1f}", *told, f"{row.seconds:.0f}")
+        console.print(table)
 
 
 def markdown(rows: Sequence[Row]) -> str:

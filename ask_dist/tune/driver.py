@@ -166,10 +166,11 @@ def _conclude(sweep: Sweep, results: ray_tune.ResultGrid, folder: Path, console:
     if not scored:
         raise InputError(f"no trial reported {sweep.metric}; see {folder}/trials and optimization.evaluate_every")
     scored.sort(key=lambda entry: -entry[0])
-    columns = (Column(name, overflow="fold") for name in (sweep.metric, *sweep.search, "evaluations"))
-    table = Table(*columns, title=sweep.name, title_justify="left")
+    names = ("best", *short_names(list(sweep.search)), "evaluations")
+    columns = (Column(name, overflow="fold") for name in names)
+    table = Table(*columns, title=f"{sweep.name}: {sweep.metric}", title_justify="left")
     for score, result in scored:
-        values = [f"{result.config[key]:.3g}" for key in sweep.search]
+        values = [_shown(result.config[key]) for key in sweep.search]
         table.add_row(f"{score:.2f}", *values, str(result.metrics.get("training_iteration", "")))
     console.print(table)
     chosen = {key: scored[0][1].config[key] for key in sweep.search}
@@ -178,3 +179,18 @@ def _conclude(sweep: Sweep, results: ray_tune.ResultGrid, folder: Path, console:
     errors = f", {results.num_errors} failed" if results.num_errors else ""
     console.print(f"{len(scored)} of {sweep.trials} trials scored{errors}; train with {folder / BEST}", soft_wrap=True)
     return folder / BEST
+
+
+def short_names(keys: list[str]) -> list[str]:
+    """Each dotted key's shortest ending that no other key ends in."""
+    found = []
+    for key in keys:
+        parts = key.split(".")
+        endings = (".".join(parts[-count:]) for count in range(1, len(parts)))
+        alone = (end for end in endings if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+        found.append(next(alone, key))
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -22,6 +22,7 @@ def test_a_sweep_scores_trials_and_writes_a_configuration_that_trains(config_fil
         "search": {
             "knowledge.reliability.gamma": {"uniform": [0.0, 4.0]},
             "knowledge.start": {"choice": [0.1, 0.3]},
+            "refine.strategy": {"choice": ["linear", "knn_mean"]},
         },
         "trials": 2,
         "concurrent": 2,
@@ -30,7 +31,7 @@ def test_a_sweep_scores_trials_and_writes_a_configuration_that_trains(config_fil
     path.write_text(yaml.safe_dump(sweep))
     done = ask_dist("tune", path)
     assert done.returncode == 0, done.stderr
-    assert "knowledge.reliability.gamma" in done.stdout
+    assert {"gamma", "start", "strategy", "linear"} & set(done.stdout.split()) >= {"gamma", "start", "strategy"}
     best = configuration.load(tmp_path / "sweeps" / "sweep" / "best.yaml")
     assert 0.0 <= best.knowledge.reliability.gamma <= 4.0
     assert best.knowledge.start in (0.1, 0.3)
