@@ -112,6 +112,10 @@ def start_actors(config: Config) -> dict[str, Any]:
         dtype=config.bank.dtype,
         threads=config.bank.threads,
         minimum_reliability=config.bank.minimum_reliability,
+        index=config.bank.index,
+        inverted_from=config.bank.inverted_from,
+        probes=config.bank.probes,
+        recall=config.bank.recall,
     )
     if config.refine.strategy == "none":
         return {"bank": bank}

@@ -140,6 +140,10 @@ class Bank(Section):
     dtype: Literal["float16", "float32"] = "float32"
     prototypes: tuple[Count, ...] = Field((32, 128), description="granularities of the coarse knowledge")
     threads: Count = Field(1, description="FAISS threads")
+    index: Literal["flat", "ivf_flat"] = Field("flat", description="flat: exact search; ivf_flat: by inverted files")
+    inverted_from: Count = Field(50_000, description="rows from which ivf_flat is one; with fewer it searches exactly")
+    probes: Count = Field(16, description="least lists that a search of inverted files looks into")
+    recall: Share = Field(0.95, description="below it, inverted files are trained anew")
     max_in_flight: Count = Field(4, description="unanswered calls a worker may have outstanding")
     max_late_share: Share = Field(1.0, description="share of late or failed answers above which the run stops")
     minimum_reliability: Share = Field(0.0, description="rows below it are not given as knowledge")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import ray
 
 from ask_dist.bank import store
-from ask_dist.bank.memory import Commit, CommitResult, Knowledge, KnowledgeBank, Modality, Snapshot, State
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes
+
+log = logging.getLogger(__name__)
 
 LANES = 4  # calls in progress at once: the bank's lock orders them, answers are serialised outside it
 
@@ -21,12 +27,17 @@ class BankActor:
         neighbours: k of `search_ids`.
         state_path: a folder written by `store.save`, loaded if it holds a bank. A restarted actor runs its
             constructor again, so it comes back with what was last saved there.
+        maintenance_seconds: pause between two looks at whether inverted files are to be trained.
         settings: `KnowledgeBank`'s arguments.
     """
 
-    def __init__(self, *, neighbours: int, state_path: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self, *, neighbours: int, state_path: str | None = None, maintenance_seconds: float = 30.0, **settings: Any
+    ) -> None:
         self._neighbours, self._settings = neighbours, settings
         self._bank = KnowledgeBank(**settings)
+        if settings.get("index", "flat") != "flat":
+            threading.Thread(target=self._maintain, args=(maintenance_seconds,), name="maintain", daemon=True).start()
         if state_path is not None and store.snapshots(state_path):
             self.load_state(store.load(state_path))
 
@@ -63,6 +74,14 @@ class BankActor:
     def ping(self) -> int:
         """The number of rows: an answer means that the bank is up."""
         return len(self._bank)
+
+    def _maintain(self, pause: float) -> None:
+        while True:
+            time.sleep(pause)
+            try:
+                self._bank.maintain()
+            except Exception:  # the older inverted files go on answering
+                log.warning("inverted files could not be trained", exc_info=True)
 
 
 RemoteBankActor = ray.remote(max_concurrency=LANES, max_restarts=-1)(BankActor)  # type: ignore[call-overload]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from ask_dist.bank.memory import Knowledge
+from ask_dist.bank.messages import Knowledge
 from ask_dist.bank.prototypes import Prototypes
 
 TRANSFER_SECONDS = 1.0  # an answer that is ready on another node travels in milliseconds, unless that node is gone

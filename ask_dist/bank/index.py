@@ -1,4 +1,4 @@
-"""Exact inner-product search and spherical k-means. The only module that imports FAISS."""
+"""Inner-product search, exact or by an inverted file, and spherical k-means. The only module that imports FAISS."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 MAX_GPU_NEIGHBOURS = 2048  # FAISS's own limit on k for its GPU search
 GPU_SCRATCH_BYTES = 256 * 2**20  # FAISS would reserve about 1.5 GB, which the encoders need more
 KMEANS_ITERATIONS = 20
+# Of an inverted file: lists a square root of the rows, and what its k-means may cost.
+LISTS, LIST_ITERATIONS, ROWS_A_LIST = 2.0, 10, 64
 
 
 def set_threads(threads: int) -> None:
@@ -63,6 +65,11 @@ class ExactIndex:
         self._device = _DeviceRows(dim) if faiss.get_num_gpus() > 0 else None
 
     @property
+    def trained_rows(self) -> int:
+        """Rows that an inverted file was trained for: none."""
+        return 0
+
+    @property
     def rows(self) -> np.ndarray:
         """The rows written so far, float32 [count, dim]: a view, to be read under the owner's lock."""
         return self._matrix[: self._count]
@@ -83,6 +90,100 @@ class ExactIndex:
         if self._device is not None and 0 < k <= MAX_GPU_NEIGHBOURS and len(queries) > 0:
             return self._device.search(queries, self._count, k)
         return exact_search(queries, self.rows, k, self._threads)
+
+
+class InvertedIndex(ExactIndex):
+    """Approximate search by an inverted file (FAISS's IVF-Flat) beside the matrix, which stays the truth.
+
+    Search is exact until `take` was called. A row that is written moves to its new list at once; only the centroids
+    stay as they were trained, so recall falls as the rows drift, until the next one is built.
+
+    Args:
+        probes: lists that a search looks into, until `take` finds that it needs more. The others as for `ExactIndex`.
+    """
+
+    def __init__(self, dim: int, threads: int = 1, *, probes: int) -> None:
+        super().__init__(dim, threads)
+        self._least_probes = self._probes = probes
+        self._trained_rows = 0
+        self._inverted: Any = None
+        self._written: list[np.ndarray] | None = None  # since `copied`
+
+    @property
+    def trained_rows(self) -> int:
+        """Rows that the inverted file was trained for; 0 before there is one."""
+        return self._trained_rows
+
+    def write(self, positions: np.ndarray, values: np.ndarray) -> None:
+        super().write(positions, values)
+        if self._inverted is not None:
+            self._move(self._inverted, positions)
+        if self._written is not None:
+            self._written.append(positions)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `ExactIndex.search`, but a near row whose list is not looked into is missed."""
+        k = min(k, self._count)
+        if self._inverted is None or k == 0 or len(queries) == 0:
+            return super().search(queries, k)
+        set_threads(self._threads)
+        parameters = faiss.SearchParametersIVF(nprobe=self._probes)  # type: ignore[attr-defined,call-arg]
+        scores, positions = self._inverted.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
+        short = (positions < 0).any(axis=1)  # the lists that were looked into hold fewer than k rows
+        if short.any():
+            scores[short], positions[short] = super().search(queries[short], k)
+        return scores, positions
+
+    def recall(self, queries: np.ndarray, k: int) -> float:
+        """The share of the k nearest rows, by exact search, that `search` finds."""
+        found, right = self.search(queries, k)[1], super().search(queries, k)[1]
+        return float(np.mean([np.isin(a, b).mean() for a, b in zip(right, found, strict=True)]))
+
+    def copied(self) -> np.ndarray:
+        """The rows, float32 [count, dim], for `inverted_file`; from now on it is noted what is written."""
+        self._written = []
+        return self.rows.copy()
+
+    def take(self, inverted: Any, queries: np.ndarray, k: int, aim: float) -> float:
+        """Let an inverted file of the last `copied` answer from now on, with what was written since moved.
+
+        Args:
+            inverted: of `inverted_file`.
+            queries, k: what its recall is measured with.
+            aim: recall that is to be reached; probes are doubled until it is.
+
+        Returns:
+            The recall.
+        """
+        self._trained_rows = inverted.ntotal
+        if self._written:
+            self._move(inverted, np.unique(np.concatenate(self._written)))
+        self._inverted, self._written, self._probes = inverted, None, self._least_probes
+        while (recall := self.recall(queries, k)) < aim and self._probes < inverted.nlist:
+            self._probes *= 2
+        return recall
+
+    def _move(self, inverted: Any, positions: np.ndarray) -> None:
+        set_threads(self._threads)
+        known = positions[positions < inverted.ntotal]
+        if len(known):
+            inverted.update_vectors(known, self._matrix[known])
+        if inverted.ntotal < self._count:
+            inverted.add(self._matrix[inverted.ntotal : self._count])
+
+
+def inverted_file(rows: np.ndarray, seed: int, threads: int = 1) -> Any:
+    """An IVF-Flat index of rows [n, d], float32, n at least 1, whose rows can be moved between its lists."""
+    set_threads(threads)
+    lists = max(1, min(len(rows) // 2, round(LISTS * len(rows) ** 0.5)))
+    inverted = faiss.IndexIVFFlat(faiss.IndexFlatIP(rows.shape[1]), rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    settings = inverted.cp
+    settings.spherical, settings.seed, settings.niter = True, seed, LIST_ITERATIONS
+    settings.max_points_per_centroid, settings.min_points_per_centroid = ROWS_A_LIST, 1
+    inverted.train(rows)
+    inverted.set_direct_map_type(faiss.DirectMap.Array)  # type: ignore[attr-defined]
+    inverted.add(rows)
+    return inverted
 
 
 def grown(array: np.ndarray, needed: int) -> np.ndarray:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ask_dist.bank.memory import Commit, Knowledge, KnowledgeBank
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit, Knowledge
 from ask_dist.bank.prototypes import Prototypes, build_prototypes
 
 

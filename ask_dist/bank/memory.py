@@ -4,94 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from ask_dist.bank.index import ExactIndex, grown
+from ask_dist.bank.index import ExactIndex, InvertedIndex, grown, inverted_file
+from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes, unit_rows
 from ask_dist.errors import InputError
-
-Modality = Literal["audio", "text"]
-State = dict[str, np.ndarray]
 
 # Rows fetched beyond k in the first pass of a search by id. A query always meets itself and now and then another row
 # of its own batch; the few queries that meet more are searched again with enough.
 SPARE_NEIGHBOURS = 8
+# Queries and neighbours by which the recall of an approximate index is told.
+RECALL_QUERIES, RECALL_NEIGHBOURS = 16, 16
 COUNTERS = ("upserts", "rejected", "searches")
 PER_ROW = {"ids": np.int64, "step": np.int64, "frame": np.int64, "version": np.int64, "reliability": np.float32}
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """An answer to `search_ids`: m rows of the bank, in the bank's row order, and the stored rows of the n asked ids.
-
-    Attributes:
-        ids: int64 [m], none of them asked for.
-        audio, text: float16 [m, d], unit length.
-        reliability: float32 [m].
-        age: int64 [m], global steps between the bank's newest row and the weights this row is valid for.
-        own_audio, own_text: float16 [n, d], the asked ids' own rows in the order asked; zeros where the id is unknown.
-        own_age: int64 [n]; -1 where the id is unknown. own_reliability: float32 [n]; -1 where that is not known.
-        generation: commits so far. rows: rows in the bank. newest_step: the global step of its newest row.
-    """
-
-    ids: np.ndarray
-    audio: np.ndarray
-    text: np.ndarray
-    reliability: np.ndarray
-    age: np.ndarray
-    own_audio: np.ndarray
-    own_text: np.ndarray
-    own_age: np.ndarray
-    own_reliability: np.ndarray
-    generation: int
-    rows: int
-    newest_step: int
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A consistent copy of every row: ids, step, frame, version int64 [n]; audio, text [n, d]; reliability [n]."""
-
-    ids: np.ndarray
-    audio: np.ndarray
-    text: np.ndarray
-    step: np.ndarray
-    frame: np.ndarray
-    version: np.ndarray
-    reliability: np.ndarray
-    generation: int
-    newest_step: int
-
-
-@dataclass(frozen=True)
-class Commit:
-    """Corrected rows: ids int64 [n], audio and text [n, d], the versions int64 [n] that were corrected, and the global
-    step that the corrected rows are valid for. Prototype levels, if given, replace the bank's."""
-
-    ids: np.ndarray
-    audio: np.ndarray
-    text: np.ndarray
-    versions: np.ndarray
-    frame: int
-    prototypes: list[tuple[np.ndarray, np.ndarray]] | None = None
-
-    @classmethod
-    def of_prototypes(cls, prototypes: list[tuple[np.ndarray, np.ndarray]], snapshot: Snapshot) -> Commit:
-        """A commit that corrects no row."""
-        none = np.zeros(0, np.int64)
-        return cls(none, snapshot.audio[:0], snapshot.text[:0], none, snapshot.newest_step, prototypes)
-
-
-@dataclass(frozen=True)
-class CommitResult:
-    """Rows written, rows left alone because they got newer meanwhile (or are unknown), and the new generation."""
-
-    applied: int
-    skipped: int
-    generation: int
 
 
 class KnowledgeBank:
@@ -107,6 +35,10 @@ class KnowledgeBank:
         threads: CPU threads of one search.
         minimum_reliability: neighbours below it are left out of an answer.
         max_age: neighbours whose age in global steps exceeds it are left out of an answer.
+        index: "flat" searches exactly, "ivf_flat" by inverted files; see `maintain`.
+        probes: least lists that a search of an inverted file looks into.
+        inverted_from: with fewer rows the search is exact all the same.
+        recall: share of the nearest rows that a search of inverted files is to find.
     """
 
     def __init__(
@@ -118,10 +50,20 @@ class KnowledgeBank:
         threads: int = 1,
         minimum_reliability: float = 0.0,
         max_age: int | None = None,
+        index: Literal["flat", "ivf_flat"] = "flat",
+        probes: int = 16,
+        inverted_from: int = 50_000,
+        recall: float = 0.95,
     ) -> None:
         self._dim, self._capacity, self._dtype = dim, capacity, np.dtype(dtype)
         self._minimum_reliability, self._max_age = minimum_reliability, max_age
-        self._index = {"audio": ExactIndex(dim, threads), "text": ExactIndex(dim, threads)}
+        self._index: dict[str, ExactIndex] = {
+            name: ExactIndex(dim, threads) if index == "flat" else InvertedIndex(dim, threads, probes=probes)
+            for name in ("audio", "text")
+        }
+        self._threads, self._inverted_from, self._wanted_recall = threads, inverted_from, recall
+        self._recall = dict.fromkeys(self._index, 1.0)
+        self._maintenance = threading.Lock()
         self._meta = {name: np.zeros(0, kind) for name, kind in PER_ROW.items()}
         self._row_of: dict[int, int] = {}
         self._generation, self._newest_step = 0, 0
@@ -202,6 +144,35 @@ class KnowledgeBank:
             scores, rows = self._index[modality].search(queries, k)
             return scores, self._meta["ids"][rows]
 
+    def maintain(self, seed: int = 0) -> bool:
+        """Train inverted files where that is due: the first ones, when the bank has doubled, or when recall has fallen.
+
+        They are built aside; searches and writes go on meanwhile. To be called now and then; does nothing where every
+        search is exact, or while another call is at it.
+
+        Args:
+            seed: of the k-means and of the rows that recall is measured with.
+
+        Returns:
+            Whether new ones were taken.
+        """
+        inverted = {name: index for name, index in self._index.items() if isinstance(index, InvertedIndex)}
+        if not inverted or not self._maintenance.acquire(blocking=False):
+            return False
+        try:
+            with self._lock:
+                if len(self) < self._inverted_from or not any(map(self._due, inverted)):
+                    return False
+                copies = {name: index.copied() for name, index in inverted.items()}
+            built = {name: inverted_file(rows, seed, self._threads) for name, rows in copies.items()}
+            aim = (1.0 + self._wanted_recall) / 2  # above what is wanted, so that the next look does not fall below
+            with self._lock:
+                for name, index in inverted.items():
+                    self._recall[name] = index.take(built[name], self._probe_rows(name), RECALL_NEIGHBOURS, aim)
+            return True
+        finally:
+            self._maintenance.release()
+
     def snapshot(self) -> Snapshot:
         """A copy of every row at one moment."""
         with self._lock:
@@ -233,6 +204,8 @@ class KnowledgeBank:
             frame = self._meta["frame"][: len(self)]
             staleness = float((self._newest_step - frame).mean()) if len(self) else 0.0
             counts = {f"bank/{name}": float(self._counts[name]) for name in COUNTERS}
+            counts["bank/inverted_rows"] = float(min(index.trained_rows for index in self._index.values()))
+            counts |= {f"bank/recall_{name}": recall for name, recall in self._recall.items()}
             return {
                 "bank/rows": float(len(self)),
                 "bank/staleness": staleness,
@@ -271,6 +244,18 @@ class KnowledgeBank:
             levels = [(state[f"prototypes.{i}.audio"], state[f"prototypes.{i}.text"]) for i in range(count)]
             bank._prototypes = Prototypes(levels, int(state["prototypes.generation"]))
         return bank
+
+    def _due(self, name: str) -> bool:
+        index = self._index[name]
+        if not index.trained_rows or len(self) > 2 * index.trained_rows:
+            return True
+        assert isinstance(index, InvertedIndex)
+        self._recall[name] = index.recall(self._probe_rows(name), RECALL_NEIGHBOURS)
+        return self._recall[name] < self._wanted_recall
+
+    def _probe_rows(self, name: str) -> np.ndarray:
+        """Rows, spread over the bank, as queries."""
+        return self._index[name].rows[:: max(1, len(self) // RECALL_QUERIES)][:RECALL_QUERIES]
 
     def _copy(self) -> Snapshot:
         return Snapshot(

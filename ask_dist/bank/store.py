@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ask_dist.bank.memory import COUNTERS, PER_ROW, State
+from ask_dist.bank.memory import COUNTERS, PER_ROW
+from ask_dist.bank.messages import State
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically
 

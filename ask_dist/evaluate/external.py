@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ask_dist.bank import store
-from ask_dist.bank.memory import KnowledgeBank, Modality
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Modality
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError

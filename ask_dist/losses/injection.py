@@ -43,7 +43,7 @@ class Neighbours:
 
     @classmethod
     def of(cls, answer: Any, prototypes: Any = None, device: torch.device | str = "cpu") -> Neighbours:
-        """The bank's answer (`bank.memory.Knowledge`) and its prototypes (`bank.prototypes.Prototypes`) as tensors.
+        """The bank's answer (`bank.messages.Knowledge`) and its prototypes (`bank.prototypes.Prototypes`) as tensors.
 
         They are copied: what comes through Ray is a read-only view of shared memory.
         """

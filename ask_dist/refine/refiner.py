@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ask_dist.bank.memory import Commit, Snapshot
+from ask_dist.bank.messages import Commit, Snapshot
 from ask_dist.bank.prototypes import build_prototypes
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import mean_drift, neighbour_overlap

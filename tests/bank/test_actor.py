@@ -13,7 +13,8 @@ import ray
 from ask_dist.bank import store
 from ask_dist.bank.actor import RemoteBankActor
 from ask_dist.bank.client import BankClient
-from ask_dist.bank.memory import Commit, Knowledge, KnowledgeBank
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit, Knowledge
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.errors import InputError
 
@@ -69,6 +70,19 @@ def test_the_actor_answers_as_the_bank_does(start_actor, rows):
     assert ray.get(actor.prototypes.remote()).generation == 1
     assert ray.get(actor.metrics.remote())["bank/rows"] == ROWS
     assert ray.get(actor.ping.remote()) == ROWS
+
+
+def test_the_actor_trains_its_inverted_files_by_itself(start_actor, rows):
+    actor = start_actor(index="ivf_flat", inverted_from=100, maintenance_seconds=0.05)
+    ray.get(actor.upsert.remote(*rows, None, 3))
+    deadline = time.monotonic() + 30
+    while not ray.get(actor.metrics.remote())["bank/inverted_rows"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = ray.get(actor.search.remote(rows[1][:9], 1, "audio"))[1]
+    np.testing.assert_array_equal(found[:, 0], rows[0][:9])
+    ray.get(actor.load_state.remote({}))  # an emptied bank begins with exact search again
+    assert ray.get(actor.metrics.remote())["bank/inverted_rows"] == 0
 
 
 def test_a_bank_process_imports_no_torch(local_ray):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ask_dist.bank.memory import Commit, KnowledgeBank
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.errors import InputError
 
@@ -269,3 +270,69 @@ def test_callers_in_many_threads_see_no_torn_rows():
         thread.join()
     assert torn == []
     assert bank.metrics()["bank/searches"] == 2 * 3 * rounds
+
+
+def test_inverted_files_come_with_the_rows_and_again_when_recall_falls(rng):
+    bank = KnowledgeBank(DIM, 5000, "float32", index="ivf_flat", probes=2, inverted_from=1000, recall=0.9)
+    ids, directions = np.arange(4000), unit(rng, 40)
+
+    def write(first: int, last: int, spread: float) -> None:
+        rows = unit_rows(directions[ids[first:last] % 40] + spread * rng.normal(size=(last - first, DIM)))
+        bank.upsert(ids[first:last], rows, rows[::-1], None, step=0)
+
+    write(0, 900, 0.05)
+    assert not bank.maintain()  # too few
+    write(900, 1500, 0.05)
+    assert bank.maintain()
+    assert not bank.maintain()  # nothing has changed
+    write(1500, 3500, 0.05)
+    assert bank.maintain()  # more than twice as many
+    write(0, 3500, 10.0)  # no clusters any more: two lists find little
+    assert bank.maintain()
+    recalls = [bank.metrics()[f"bank/recall_{name}"] for name in ("audio", "text")]
+    assert min(recalls) >= 0.95
+    exact = KnowledgeBank.from_state(bank.state(), dim=DIM, capacity=5000, dtype="float32")
+    right = set(exact.search_ids(ids[:20], 8).ids.tolist())
+    assert len(right & set(bank.search_ids(ids[:20], 8).ids.tolist())) > 0.9 * len(right)
+
+
+def test_where_every_search_is_exact_there_is_nothing_to_maintain(rng):
+    bank, *_ = filled_bank(rng)
+    assert not bank.maintain()
+    assert (bank.metrics()["bank/recall_audio"], bank.metrics()["bank/inverted_rows"]) == (1.0, 0.0)
+
+
+def test_searches_and_writes_go_on_while_inverted_files_are_built():
+    rng = np.random.default_rng(1)
+    bank = KnowledgeBank(DIM, 5000, "float32", index="ivf_flat", inverted_from=100)
+    ids, wrong = np.arange(3000), []
+
+    def rows_of(version: int, chosen: np.ndarray) -> np.ndarray:
+        return unit_rows(np.stack([np.cos(chosen * 0.7 + version), np.sin(chosen + version), *[chosen * 0.0] * 14], 1))
+
+    def work(seed: int) -> None:
+        own = np.random.default_rng(seed)
+        for version in range(1, 60):
+            chosen = own.choice(ids, 50, replace=False)
+            rows = rows_of(version, chosen)
+            bank.upsert(chosen, rows, rows, None, step=version)
+            knowledge = bank.search_ids(chosen[:4], 8)
+            if not np.allclose(knowledge.audio, knowledge.text):
+                wrong.append(knowledge)
+
+    bank.upsert(ids, unit(rng, 3000), unit(rng, 3000), None, step=0)
+    bank.upsert(ids, rows_of(0, ids), rows_of(0, ids), None, step=0)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    trained = [bank.maintain() for _ in range(5)]
+    for thread in threads:
+        thread.join()
+    assert trained[0]
+    assert not wrong
+    bank.maintain()
+    state = bank.state()
+    exact = KnowledgeBank.from_state(state, dim=DIM, capacity=5000, dtype="float32")
+    for modality in ("audio", "text"):
+        scores, _ = bank.search(state[modality][:50], 1, modality)
+        np.testing.assert_allclose(scores, exact.search(state[modality][:50], 1, modality)[0], atol=1e-4)

@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from ask_dist.bank import store
-from ask_dist.bank.memory import Commit, KnowledgeBank, State
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit, State
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.errors import InputError
 
