@@ -213,8 +213,7 @@ def bank_build(
     """
     from ask_dist.evaluate.external import build
 
-    with writing(folder):
-        build(run, shards, folder, console)
+    build(run, shards, folder, console)
 
 
 @bank_app.command("inspect")

@@ -299,7 +299,8 @@ def _explain(schema: type[BaseModel], problem: Any) -> str:
         remedy = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {name}; {remedy}"
     if problem["type"] == "missing":
-        return f"{name} is missing; set it in the file or as {name}=VALUE"
+        override = "" if any(isinstance(part, int) for part in problem["loc"]) else f" or as {name}=VALUE"
+        return f"{name} is missing; set it in the file{override}"
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return message

@@ -43,5 +43,4 @@ def test_torch_gets_a_thread_for_each_whole_core(reserved, threads):
 )
 def test_freed_memory_is_used_again_without_new_pages():
     _, before, after = measured(1)
-    assert before > 10_000
-    assert after < 100
+    assert after < before / 10

@@ -127,17 +127,18 @@ class InvertedIndex(ExactIndex):
         if self._inverted is None or k == 0 or len(queries) == 0:
             return super().search(queries, k)
         set_threads(self._threads)
-        parameters = faiss.SearchParametersIVF(nprobe=self._probes)  # type: ignore[attr-defined,call-arg]
-        scores, positions = self._inverted.search(np.ascontiguousarray(queries, np.float32), k, params=parameters)
+        # Not as a parameter of the search: the search that faiss.contrib.torch_utils puts in its place takes none.
+        self._inverted.nprobe = self._probes
+        scores, positions = self._inverted.search(np.ascontiguousarray(queries, np.float32), k)
         short = (positions < 0).any(axis=1)  # the lists that were looked into hold fewer than k rows
         if short.any():
             scores[short], positions[short] = super().search(queries[short], k)
         return scores, positions
 
     def recall(self, queries: np.ndarray, k: int) -> float:
-        """The share of the k nearest rows, by exact search, that `search` finds."""
-        found, right = self.search(queries, k)[1], super().search(queries, k)[1]
-        return float(np.mean([np.isin(a, b).mean() for a, b in zip(right, found, strict=True)]))
+        """The share of the k nearest that `search` finds: of its answers, those no farther than the kth of an exact
+        search, since equally near rows are as good as each other."""
+        return self._found(queries, super().search(queries, k)[0])
 
     def copied(self) -> np.ndarray:
         """The rows, float32 [count, dim], for `inverted_file`; from now on it is noted what is written."""
@@ -155,13 +156,23 @@ class InvertedIndex(ExactIndex):
         Returns:
             The recall.
         """
-        self._trained_rows = inverted.ntotal
-        if self._written:
-            self._move(inverted, np.unique(np.concatenate(self._written)))
-        self._inverted, self._written, self._probes = inverted, None, self._least_probes
-        while (recall := self.recall(queries, k)) < aim and self._probes < inverted.nlist:
+        trained, written = inverted.ntotal, self._written
+        self._written = None
+        if written:
+            self._move(inverted, np.unique(np.concatenate(written)))
+        self._inverted, self._trained_rows, self._probes = inverted, trained, self._least_probes
+        nearest = super().search(queries, k)[0]
+        while (recall := self._found(queries, nearest)) < aim and self._probes < inverted.nlist:
             self._probes *= 2
         return recall
+
+    def forget(self) -> None:
+        """Note no longer what is written: the inverted file that was being built will not come."""
+        self._written = None
+
+    def _found(self, queries: np.ndarray, nearest: np.ndarray) -> float:
+        scores = self.search(queries, nearest.shape[1])[0]
+        return float((scores >= nearest[:, -1:] - 1e-5).mean())
 
     def _move(self, inverted: Any, positions: np.ndarray) -> None:
         set_threads(self._threads)

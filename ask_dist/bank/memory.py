@@ -23,7 +23,7 @@ PER_ROW = {"ids": np.int64, "step": np.int64, "frame": np.int64, "version": np.i
 
 
 class KnowledgeBank:
-    """Paired embeddings by id, searched exactly, written by workers (`upsert`) and by the refiner (`commit`).
+    """Paired embeddings by id, searched by either half, written by workers (`upsert`) and by the refiner (`commit`).
 
     One lock covers every method, so a search sees the bank before or after a write, never half of one.
 
@@ -134,7 +134,7 @@ class KnowledgeBank:
             return self._knowledge(self._trusted(np.unique(np.concatenate(found))), rows)
 
     def search(self, queries: np.ndarray, k: int, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest rows to free queries [n, dim] by `modality`, exactly.
+        """The nearest rows to free queries [n, dim] by `modality`.
 
         Returns:
             scores float32 and ids int64, both [n, min(k, rows)], best first.
@@ -147,11 +147,12 @@ class KnowledgeBank:
     def maintain(self, seed: int = 0) -> bool:
         """Train inverted files where that is due: the first ones, when the bank has doubled, or when recall has fallen.
 
-        They are built aside; searches and writes go on meanwhile. To be called now and then; does nothing where every
-        search is exact, or while another call is at it.
+        They are built aside; searches and writes go on meanwhile, but wait while recall is measured, which takes an
+        exact search of a few rows. To be called now and then; does nothing where every search is exact, or while
+        another call is at it.
 
         Args:
-            seed: of the k-means and of the rows that recall is measured with.
+            seed: of the k-means.
 
         Returns:
             Whether new ones were taken.
@@ -170,6 +171,11 @@ class KnowledgeBank:
                 for name, index in inverted.items():
                     self._recall[name] = index.take(built[name], self._probe_rows(name), RECALL_NEIGHBOURS, aim)
             return True
+        except BaseException:
+            with self._lock:
+                for index in inverted.values():
+                    index.forget()
+            raise
         finally:
             self._maintenance.release()
 

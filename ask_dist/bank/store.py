@@ -110,10 +110,32 @@ def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP
     finally:
         aside.unlink(missing_ok=True)
     write_atomically(path, f"{manifest.model_dump_json()}\n{manifest.digest}\n".encode())
-    for outdated in older[keep - 1 :]:
-        outdated.unlink()  # before its data: what has no manifest is no snapshot
-        outdated.with_suffix(".safetensors").unlink(missing_ok=True)
+    _prune(folder, keep)
     return path
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Remove what is not among the newest `keep` whole snapshots, and data without a manifest.
+
+    The newest was just written. Of the others every byte is read: a damaged one is nothing to fall back on.
+    """
+    newest, *others = snapshots(folder)
+    kept = [newest]
+    for path in others:
+        if len(kept) < keep and _is_whole(path):
+            kept.append(path)
+        else:
+            path.unlink()  # before its data: what has no manifest is no snapshot
+    for data in folder.glob("snapshot-*.safetensors"):
+        if data.with_suffix(".json") not in kept:
+            data.unlink()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read(path))
+    except DamagedSnapshot:
+        return False
 
 
 def load(folder: Path | str) -> State:
@@ -158,7 +180,7 @@ def read(path: Path) -> State:
             if found != wanted:
                 raise DamagedSnapshot(f"{data} does not match its checksum in block {number}: {_remedy(path)}")
         state = load_file(data)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy has not
         raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
     problem = _problem(state, manifest)
     if problem:
@@ -202,17 +224,33 @@ def _problem(state: State, manifest: Manifest) -> str | None:
         return "an id occurs twice"
     if not all(np.isfinite(state[name]).all() for name in ("audio", "text", "reliability")):
         return "a value is not finite"
-    for name in state.keys() - wanted.keys():
-        if not re.fullmatch(r"prototypes\.(generation|\d+\.(audio|text))", name):
-            return f"{name} is not known"
-        if name != "prototypes.generation" and (state[name].ndim, state[name].shape[-1]) != (2, dim):
-            return f"{name} has shape {list(state[name].shape)}, not [n, {dim}]"
+    return _problem_of_prototypes({name: state[name] for name in state.keys() - wanted.keys()}, dim)
+
+
+def _problem_of_prototypes(arrays: State, dim: int) -> str | None:
+    if not arrays:
+        return None
+    levels = sum(name.startswith("prototypes.") and name.endswith(".audio") for name in arrays)
+    wanted = {f"prototypes.{level}.{name}" for level in range(levels) for name in ("audio", "text")}
+    odd = sorted(arrays.keys() ^ (wanted | {"prototypes.generation"}))
+    if odd:
+        return f"{odd[0]} is not known, or is missing"
+    generation = arrays["prototypes.generation"]
+    if (generation.shape, generation.dtype) != ((), np.dtype(np.int64)):
+        return "prototypes.generation is no whole number"
+    for level in range(levels):
+        audio, text = (arrays[f"prototypes.{level}.{name}"] for name in ("audio", "text"))
+        if audio.ndim != 2 or audio.shape != text.shape or audio.shape[1] != dim:
+            return f"prototypes.{level} has shapes {list(audio.shape)} and {list(text.shape)}, not [n, {dim}] twice"
+        if not all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (audio, text)):
+            return f"prototypes.{level} holds a value that is not finite"
     return None
 
 
 def _pairs(data: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     if len(manifest.blocks) != -(-manifest.bytes // manifest.block_bytes):
-        raise DamagedSnapshot(f"{data}: {len(manifest.blocks)} checksums don't cover {manifest.bytes} bytes")
+        blocks = len(manifest.blocks)
+        raise DamagedSnapshot(f"{data}: {blocks} checksums don't cover {manifest.bytes} bytes; {_remedy(data)}")
     yield from zip(_digests(data, manifest.block_bytes), manifest.blocks, strict=True)
 
 

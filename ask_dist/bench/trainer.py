@@ -34,7 +34,7 @@ def trainer_figures(config_file: Path, steps: int = 160, rounds: int = 2) -> dic
     """Runs the trainer without knowledge, the trainer with it, and a bare DDP loop in turns, and compares medians.
 
     All three have the same model, data, batches, workers and threads. Figures of the trainer with knowledge are taken
-    its second half: a pair's neighbours can be asked for once the bank holds it, so the first epoch has next to none.
+    from its second epoch on: a pair's neighbours can be asked for once the bank holds it.
 
     Args:
         config_file: the run; its corpus should have about as many batches as `steps`.

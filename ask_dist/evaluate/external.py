@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import Encoded, encode
 from ask_dist.evaluate.run import embed_query
-from ask_dist.files import write_atomically
+from ask_dist.files import write_atomically, writing
 from ask_dist.models.saved import load_model
 
 CLIPS = "clips.jsonl"
@@ -59,17 +58,26 @@ def build(run_dir: Path, shards: Path, folder: Path, console: Console) -> Path:
     corpus = ShardList.load(shards)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bank = KnowledgeBank(config.model.embedding_dim, corpus.clips)
-    parts, lines, skipped = max(1, corpus.clips // PART), [], 0
+    parts, refused = max(1, corpus.clips // PART), ""
+    clips: dict[int, BankedClip] = {}
     with _bar(console) as bar:
         for part in bar.track(range(parts), description=f"encoding {shards}"):
-            encoded = encode(model, corpus, config, rank=part, world_size=parts)
+            try:
+                encoded = encode(model, corpus, config, rank=part, world_size=parts)
+            except InputError as error:  # all of this part is bad, of a damaged shard for one; the others may be good
+                refused = str(error)
+                continue
             bank.upsert(*_rows(encoded), None, step=0)
-            lines += list(_lines(encoded))
-            skipped += len(encoded.bad)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CLIPS, "".join(lines).encode())
-    path = store.save(folder, bank.state(), source=f"{shards.resolve()} by {run_dir.resolve()}")
-    console.print(f"{len(bank)} rows in {folder}, {skipped} samples skipped", highlight=False, soft_wrap=True)
+            clips |= _clips_of(encoded)
+    if not len(bank):
+        raise InputError(refused or f"{shards} holds no clip that can be used; pack it again")
+    with writing(folder):
+        path = store.save(folder, bank.state(), source=f"{shards.resolve()} by {run_dir.resolve()}")
+        # With those of the snapshot before, which may be fallen back on.
+        lines = (json.dumps(clip.model_dump()) + "\n" for clip in (_clips(folder) | clips).values())
+        write_atomically(folder / CLIPS, "".join(lines).encode())
+    skipped = corpus.clips - len(bank)
+    console.print(f"{len(bank)} rows in {folder}, {skipped} clips left out", highlight=False, soft_wrap=True)
     return path
 
 
@@ -148,10 +156,11 @@ def _rows(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, encoded.audio_features.numpy(), unit_rows(sums.numpy())
 
 
-def _lines(encoded: Encoded) -> Iterator[str]:
-    for key, captions, shard in zip(encoded.keys, encoded.captions, encoded.shards, strict=True):
-        clip = BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard)
-        yield json.dumps(clip.model_dump(), ensure_ascii=False) + "\n"
+def _clips_of(encoded: Encoded) -> dict[int, BankedClip]:
+    return {
+        stable_id(key): BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard)
+        for key, captions, shard in zip(encoded.keys, encoded.captions, encoded.shards, strict=True)
+    }
 
 
 def _clips(folder: Path) -> dict[int, BankedClip]:

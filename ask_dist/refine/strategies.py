@@ -16,6 +16,7 @@ from ask_dist.refine.graph import nearest
 RIDGE = 0.1
 CENTRES = 512  # known rows that the kernel regression is written in
 JITTER = 1e-6
+APPLY_ROWS = 8192  # rows that the kernel is computed for at a time: bounds its memory
 BATCH = 256
 LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 1e-2
@@ -102,12 +103,18 @@ class Kernel(NoChange):
         order = np.random.default_rng(self.settings.seed).permutation(len(task.known))
         centres = task.known[order[:CENTRES]]
         width = np.median(1.0 - centres @ centres.T) + 1e-6
-        among, known, wanted = (np.exp((rows @ centres.T - 1.0) / width) for rows in (centres, task.known, task.wanted))
+
+        def kernel(rows: np.ndarray) -> np.ndarray:
+            return np.exp((rows @ centres.T - 1.0) / width)
+
+        among, known = kernel(centres), kernel(task.known)
         # All but singular where rows are near each other: it takes double precision, and a little on the diagonal.
         known = known.astype(np.float64)
         gram = known.T @ known + RIDGE * among + JITTER * np.eye(len(centres))
         weight = np.linalg.solve(gram, known.T @ (task.fresh - move(task.known))).astype(np.float32)
-        return unit_rows(move(task.wanted) + wanted @ weight)
+        starts = range(0, len(task.wanted), APPLY_ROWS)
+        parts = [kernel(task.wanted[start : start + APPLY_ROWS]) @ weight for start in starts]
+        return unit_rows(move(task.wanted) + np.concatenate([task.wanted[:0], *parts]))
 
 
 class Mlp(NoChange):

@@ -60,6 +60,7 @@ def test_the_shipped_ablation_is_valid_and_its_smoke_keeps_every_arm_of_the_corp
         ("loss: info_nce", "loss: infonce", "arms.plain.loss"),
         ("seeds: [0, 1]", "seeds: []", "seeds"),
         ("loss: info_nce", "lose: info_nce", "unknown key arms.plain.lose; did you mean arms.plain.loss?"),
+        ("corpus: scenes, ", "", "experiments.0.corpus is missing; set it in the file"),
         ("baseline: plain", "base_line: plain", "did you mean experiments.0.baseline?"),
     ],
 )

@@ -303,33 +303,37 @@ def test_where_every_search_is_exact_there_is_nothing_to_maintain(rng):
 
 
 def test_searches_and_writes_go_on_while_inverted_files_are_built():
-    rng = np.random.default_rng(1)
     bank = KnowledgeBank(DIM, 5000, "float32", index="ivf_flat", inverted_from=100)
     ids, wrong = np.arange(3000), []
 
     def rows_of(version: int, chosen: np.ndarray) -> np.ndarray:
         return unit_rows(np.stack([np.cos(chosen * 0.7 + version), np.sin(chosen + version), *[chosen * 0.0] * 14], 1))
 
-    def work(seed: int) -> None:
-        own = np.random.default_rng(seed)
-        for version in range(1, 60):
-            chosen = own.choice(ids, 50, replace=False)
-            rows = rows_of(version, chosen)
-            bank.upsert(chosen, rows, rows, None, step=version)
-            knowledge = bank.search_ids(chosen[:4], 8)
-            if not np.allclose(knowledge.audio, knowledge.text):
-                wrong.append(knowledge)
+    trained = threading.Event()
 
-    bank.upsert(ids, unit(rng, 3000), unit(rng, 3000), None, step=0)
+    def work(seed: int) -> None:
+        own, version = np.random.default_rng(seed), 0
+        try:
+            while version < 20 or not trained.is_set():  # at least as long as it takes to train
+                version += 1
+                chosen = own.choice(ids, 50, replace=False)
+                rows = rows_of(version, chosen)
+                bank.upsert(chosen, rows, rows, None, step=version)
+                knowledge = bank.search_ids(chosen[:4], 8)
+                if not np.allclose(knowledge.audio, knowledge.text):
+                    wrong.append(knowledge)
+        except Exception as error:
+            wrong.append(error)
+
     bank.upsert(ids, rows_of(0, ids), rows_of(0, ids), None, step=0)
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    trained = [bank.maintain() for _ in range(5)]
+    assert bank.maintain()
+    trained.set()
     for thread in threads:
         thread.join()
-    assert trained[0]
-    assert not wrong
+    assert wrong == []
     bank.maintain()
     state = bank.state()
     exact = KnowledgeBank.from_state(state, dim=DIM, capacity=5000, dtype="float32")

@@ -72,6 +72,7 @@ def test_a_crash_before_the_manifest_leaves_the_snapshot_before(tmp_path, state)
     (tmp_path / "snapshot-000000001.safetensors").write_bytes(b"the data of a save that got no further")
     np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
     assert store.save(tmp_path, state) > path
+    assert len(files_of(tmp_path)) == 4  # what had no manifest is gone
     np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
 
 
@@ -118,6 +119,16 @@ def test_a_damaged_snapshot_gives_way_to_the_one_before(tmp_path, state, caplog)
         store.load(tmp_path)
 
 
+def test_a_damaged_snapshot_takes_no_good_one_s_place(tmp_path, state):
+    first, second = store.save(tmp_path, state), store.save(tmp_path, state)
+    second.with_suffix(".safetensors").write_bytes(b"cut")
+    third = store.save(tmp_path, state)
+    assert store.snapshots(tmp_path) == [third, first]
+    assert len(files_of(tmp_path)) == 4
+    third.with_suffix(".safetensors").write_bytes(b"cut")
+    np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
+
+
 def rewritten(path: Path, state: State, **changes: object) -> None:
     """A snapshot with checksums that fit, made by someone else's program."""
     data = path.with_suffix(".safetensors")
@@ -139,7 +150,11 @@ def rewritten(path: Path, state: State, **changes: object) -> None:
         ("step", lambda rows: rows.astype(np.int32), "step is int32"),
         ("ids", lambda rows: rows * 0, "an id occurs twice"),
         ("counts", lambda rows: rows[:1], "counts is int64"),
-        ("prototypes.0.audio", lambda rows: rows[:, :3], "prototypes.0.audio has shape"),
+        ("prototypes.0.audio", lambda rows: rows[:, :3], r"prototypes.0 has shapes \[4, 3\] and \[4, 8\]"),
+        ("prototypes.0.audio", lambda rows: rows[0, 0], r"prototypes.0 has shapes \[\]"),
+        ("prototypes.0.text", lambda rows: rows[:2], r"prototypes.0 has shapes \[4, 8\] and \[2, 8\]"),
+        ("prototypes.0.text", lambda rows: rows * np.float16(np.nan), "prototypes.0 holds a value that is not finite"),
+        ("prototypes.generation", lambda value: np.full(3, value), "prototypes.generation is no whole number"),
     ],
 )
 def test_arrays_that_are_no_bank_are_refused(tmp_path, state, name, make, message):
@@ -153,6 +168,9 @@ def test_missing_and_unknown_arrays_are_refused(tmp_path, state):
     path = store.save(tmp_path, state)
     rewritten(path, state | {"weights": np.zeros(3)})
     with pytest.raises(store.DamagedSnapshot, match="weights is not known"):
+        store.read(path)
+    rewritten(path, {name: value for name, value in state.items() if name != "prototypes.0.text"})
+    with pytest.raises(store.DamagedSnapshot, match=r"prototypes\.0\.text is not known, or is missing"):
         store.read(path)
     del state["reliability"]
     rewritten(path, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             key=f"clip-{number:02d}",
             audio=rng.normal(scale=0.1, size=RATE // 2).astype(np.float32),
             sample_rate=RATE,
-            captions=(f"noise number {number}", f"the noise {number}")[: 1 + number % 2],
+            captions=(f"noise number {number}", f"the\u2028noise {number}")[: 1 + number % 2],
             classes=(),
         )
         for number in range(CLIPS)
@@ -76,7 +77,7 @@ def test_a_row_a_clip_as_the_model_embeds_it(corpus, run, tmp_path, console, mon
     _, model = load_model(run)
     row = state["ids"].tolist().index(stable_id("clip-05"))
     with torch.no_grad():
-        texts = model.encode_text(model.text.tokenize(["noise number 5", "the noise 5"]))
+        texts = model.encode_text(model.text.tokenize(["noise number 5", "the\u2028noise 5"]))
     mean = torch.nn.functional.normalize(texts.sum(dim=0), dim=0)
     np.testing.assert_allclose(state["text"][row].astype(np.float32), mean.numpy(), atol=2e-3)
     np.testing.assert_allclose(np.linalg.norm(state["audio"].astype(np.float32), axis=1), 1, atol=2e-3)
@@ -114,6 +115,22 @@ def test_snapshots_are_told_and_checked(corpus, run, tmp_path, console):
     (bank / "snapshot-000000000.json").write_text("{}")
     external.inspect(bank, console)
     assert "damaged" in console.export_text()
+
+
+def test_a_damaged_shard_costs_its_own_clips_alone(corpus, run, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(external, "PART", 5)  # two parts a shard: both of the damaged one are wholly bad
+    hurt = tmp_path / "hurt"
+    shutil.copytree(corpus, hurt)
+    (shard, *_) = sorted(hurt.glob("*.tar"))
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    external.build(run, hurt, tmp_path / "bank", console)
+    assert len(store.load(tmp_path / "bank")["ids"]) == CLIPS - 10
+    assert "10 clips left out" in console.export_text()
+    for other in hurt.glob("*.tar"):
+        other.write_bytes(b"\0" * other.stat().st_size)
+    with pytest.raises(InputError):
+        external.build(run, hurt, tmp_path / "none", console)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_does_not_belong_together_is_refused(corpus, run, tmp_path, console):
