@@ -259,12 +259,13 @@ def read(
     return tree
 
 
-def validated(schema: type[Checked], tree: dict[str, Any]) -> Checked:
-    """A mapping as the schema has it; raises InputError with one line that names every problem."""
+def validated(schema: type[Checked], tree: dict[str, Any], file: Path | None = None) -> Checked:
+    """A mapping as the schema has it; raises InputError with one line that names the file and every problem."""
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(schema, problem) for problem in error.errors())) from None
+        problems = "; ".join(_explain(schema, problem) for problem in error.errors())
+        raise InputError(f"{file}: {problems}" if file else problems) from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -167,7 +167,7 @@ def test_search_and_evaluate_want_a_finished_run(tmp_path, refused):
 
 
 def test_tune_wants_a_sweep(config, tmp_path, refused):
-    assert f"{config}: base: " in refused("tune", config)  # a run is no sweep
+    assert f"{config}: base is missing" in refused("tune", config)  # a run is no sweep
     assert "missing.yaml" in refused("tune", tmp_path / "missing.yaml")
 
 

@@ -164,4 +164,4 @@ def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Ablation:
         InputError: the file is missing or no mapping, a key is unknown, or a value is out of range.
     """
     tree = configuration.read(path, overrides, example="configs/ablation.yaml")
-    return configuration.validated(Ablation, tree)
+    return configuration.validated(Ablation, tree, path)

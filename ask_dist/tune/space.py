@@ -59,7 +59,7 @@ class Sweep(Section):
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Sweep:
     """Reads and validates a sweep and its base configuration; raises InputError as `config.load` does."""
     tree = configuration.read(path, overrides, example="configs/tune_reliability.yaml")
-    sweep = configuration.validated(Sweep, tree)
+    sweep = configuration.validated(Sweep, tree, path)
     lowest = {key: _lowest(distribution) for key, distribution in sweep.search.items()}
     sweep.trial_config(lowest, sweep.name, sweep.output_dir)  # every searched key must exist
     return sweep
