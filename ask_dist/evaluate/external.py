@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -73,8 +74,10 @@ def build(run_dir: Path, shards: Path, folder: Path, console: Console) -> Path:
         raise InputError(refused or f"{shards} holds no clip that can be used; pack it again")
     with writing(folder):
         path = store.save(folder, bank.state(), source=f"{shards.resolve()} by {run_dir.resolve()}")
-        # With those of the snapshot before, which may be fallen back on.
-        lines = (json.dumps(clip.model_dump()) + "\n" for clip in (_clips(folder) | clips).values())
+        # With those of the snapshot before, which may be fallen back on; what is damaged is written anew.
+        with contextlib.suppress(InputError):
+            clips = _clips(folder) | clips
+        lines = (json.dumps(clip.model_dump()) + "\n" for clip in clips.values())
         write_atomically(folder / CLIPS, "".join(lines).encode())
     skipped = corpus.clips - len(bank)
     console.print(f"{len(bank)} rows in {folder}, {skipped} clips left out", highlight=False, soft_wrap=True)

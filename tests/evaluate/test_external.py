@@ -145,6 +145,8 @@ def test_what_does_not_belong_together_is_refused(corpus, run, tmp_path, console
     (bank / external.CLIPS).write_text('{"id": "five"}\n')
     with pytest.raises(InputError, match=r"clips\.jsonl is damaged"):
         external.search(bank, run, "noise", None, 1, "text", console)
+    external.build(run, corpus, bank, console)  # the remedy that it names
+    external.search(bank, run, "noise", None, 1, "text", console)
     state = store.load(bank)
     store.save(bank, state | {name: np.repeat(state[name], 2, axis=1) for name in ("audio", "text")})
     with pytest.raises(InputError, match="rows of width 64"):
