@@ -49,7 +49,7 @@ def rows(ablation: Ablation, outcomes: Outcomes) -> list[Row]:
     for experiment in ablation.experiments:
         for noise in experiment.swapped:
             for arm in experiment.all_arms:
-                for row in _compared(experiment, noise, arm, ablation.seeds, outcomes):
+                for row in _compared(experiment, noise, arm, ablation.seeds_of(experiment), outcomes):
                     found[row.corpus, row.noise, row.arm, row.metric, row.baseline] = row
     return list(found.values())
 

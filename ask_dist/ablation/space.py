@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ask_dist import config as configuration
 from ask_dist.config import Count, Knowledge, Model, Positive, Refine, Section, Share
 
+Seed = Annotated[int, Field(ge=0)]
 Loss = Literal["ask", "info_nce", "siglip", "xbm", "global_contrast", "grad_cache"]
 
 
@@ -53,6 +54,7 @@ class Experiment(Section):
     baseline: str
     arms: tuple[str, ...]
     swapped: tuple[Share, ...] = (0.0,)
+    seeds: tuple[Seed, ...] | None = Field(None, min_length=1, description="null: those of the whole ablation")
 
     @property
     def all_arms(self) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ class Ablation(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output_dir: Path = Path("runs")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     generations_per_epoch: Positive = Field(1.0, description="how often the bank is refined")
     prototypes: tuple[Count, ...] = (32, 128)
     refine: Refine = Refine()
@@ -93,11 +95,17 @@ class Ablation(Section):
                     raise ValueError(f"arm {arm!r} needs corpora.{experiment.corpus}.knowledge_scenes above 0")
         return self
 
+    def seeds_of(self, experiment: Experiment) -> tuple[int, ...]:
+        """The seeds that an experiment's arms are run with."""
+        return self.seeds if experiment.seeds is None else experiment.seeds
+
     def trials(self) -> list[Trial]:
         """Every arm of every experiment with every seed, each once."""
         found = {}
-        for seed in self.seeds:  # seed by seed: an interrupted ablation has whole comparisons of the first ones
-            for experiment in self.experiments:
+        planned = [(experiment, self.seeds_of(experiment)) for experiment in self.experiments]
+        # Seed by seed: an interrupted ablation has whole comparisons of the first ones.
+        for seed in dict.fromkeys(seed for _, seeds in planned for seed in seeds):
+            for experiment in (experiment for experiment, seeds in planned if seed in seeds):
                 for swapped in experiment.swapped:
                     for name in experiment.all_arms:
                         trial = Trial(
@@ -151,7 +159,9 @@ def smoke_of(ablation: Ablation) -> Ablation:
             "refine": ablation.refine.model_dump() | {"minimum_fresh": 32, "steps": 5},
             "corpora": {name: corpus.model_dump() for name, corpus in corpora.items()},
             "experiments": [
-                experiment.model_dump() for experiment in ablation.experiments if experiment.corpus in corpora
+                experiment.model_dump() | {"seeds": None}
+                for experiment in ablation.experiments
+                if experiment.corpus in corpora
             ],
         }
     )

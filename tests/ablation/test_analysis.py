@@ -43,6 +43,14 @@ def test_means_differences_and_intervals_are_those_of_the_finished_seeds():
     assert not [key for key in found if key[0] == 0.3]  # nothing of it is done
 
 
+def test_an_experiment_is_compared_on_its_own_seeds():
+    tree = ABLATION.model_dump()
+    tree["experiments"][0]["seeds"] = [2, 3]
+    outcomes = {("scenes", 0.0, arm, seed): outcome(40 + seed) for arm in ("plain", "ask") for seed in range(4)}
+    (row,) = (row for row in rows(Ablation.model_validate(tree), outcomes) if row.arm == "ask")
+    assert (row.seeds, row.mean) == ([2, 3], 42.5)
+
+
 def test_a_figure_that_the_baseline_lacks_is_told_without_a_comparison():
     outcomes = {
         ("scenes", 0.3, "plain", 0): outcome(40),

@@ -38,6 +38,14 @@ def test_every_arm_is_run_once_a_seed_and_share_and_seed_by_seed(tmp_path):
     assert keys[:4] == ["scenes-00-plain-0", "scenes-00-ask-0", "scenes-30-plain-0", "scenes-30-ask-0"]
 
 
+def test_an_experiment_may_have_seeds_of_its_own(tmp_path):
+    text = SMALL.replace("swapped: [0.0, 0.3]", "swapped: [0.3], seeds: [1, 2]")
+    keys = [trial.key for trial in load(written(tmp_path, text)).trials()]
+    noisy = ["scenes-30-plain-1", "scenes-30-ask-1"]
+    clean = ["scenes-00-ask-0", "scenes-00-plain-0", "scenes-00-ask-1", "scenes-00-plain-1"]
+    assert sorted(keys) == sorted([*clean, *noisy, "scenes-30-plain-2", "scenes-30-ask-2"])
+
+
 def test_the_shipped_ablation_is_valid_and_its_smoke_keeps_every_arm_of_the_corpora_that_are_there(tmp_path):
     shipped = load(ROOT / "configs" / "ablation.yaml")
     corpora = {name: {"shards": str(tmp_path)} for name in shipped.corpora if name != "recordings"}
@@ -49,6 +57,7 @@ def test_the_shipped_ablation_is_valid_and_its_smoke_keeps_every_arm_of_the_corp
     assert smoke.folder != shipped.folder
     wanted = {arm for e in shipped.experiments if e.corpus in corpora for arm in e.all_arms}
     assert {trial.arm_name for trial in smoke.trials()} == wanted
+    assert {trial.seed for trial in smoke.trials()} == {0}
 
 
 @pytest.mark.parametrize(
