@@ -130,8 +130,9 @@ class KnowledgeBank:
             self._counts["searches"] += 1
             rows = self._rows(ids)
             queried = np.unique(rows[rows >= 0])
-            found = [self._neighbours(index, queried, k) for index in self._index.values()]
-            return self._knowledge(self._trusted(np.unique(np.concatenate(found))), rows)
+            found = [self._nearest(index, index.rows[queried], queried, k) for index in self._index.values()]
+            near = np.unique(np.concatenate([near[~np.isneginf(scores)] for scores, near in found]))
+            return self._knowledge(self._trusted(near), rows)
 
     def search(self, queries: np.ndarray, k: int, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
         """The nearest rows to free queries [n, dim] by `modality`.
@@ -303,17 +304,19 @@ class KnowledgeBank:
         self._meta["frame"][rows] = frame
         self._meta["version"][rows] += 1
 
-    def _neighbours(self, index: ExactIndex, queried: np.ndarray, k: int) -> np.ndarray:
-        """Rows among the k nearest of any queried row, the queried rows themselves excluded before counting to k."""
-        found = index.search(index.rows[queried], k + SPARE_NEIGHBOURS)[1]
-        others = ~np.isin(found, queried)
-        short = others.sum(1) < k
-        first = found[others & (np.cumsum(others, axis=1) <= k)]
-        if not short.any():
-            return first
-        more = index.search(index.rows[queried[short]], k + len(queried))[1]
-        others = ~np.isin(more, queried)
-        return np.concatenate([first, more[others & (np.cumsum(others, axis=1) <= k)]])
+    def _nearest(
+        self, index: ExactIndex, queries: np.ndarray, excluded: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest rows to each query, `excluded` ones left out before counting to k.
+
+        Returns:
+            scores float32 and rows int64, both [n, k], best first; where there are fewer the score is -inf.
+        """
+        scores, rows = _first(*index.search(queries, k + SPARE_NEIGHBOURS), excluded, k)
+        short = np.isneginf(scores).any(axis=1)
+        if short.any():
+            scores[short], rows[short] = _first(*index.search(queries[short], k + len(excluded)), excluded, k)
+        return scores, rows
 
     def _trusted(self, rows: np.ndarray) -> np.ndarray:
         reliability = self._meta["reliability"][rows]
@@ -345,3 +348,14 @@ class KnowledgeBank:
             rows=len(self),
             newest_step=self._newest_step,
         )
+
+
+def _first(scores: np.ndarray, rows: np.ndarray, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of each query's rows [n, m] that are not excluded; fewer are filled up with scores of -inf."""
+    scores = np.where(np.isin(rows, excluded), -np.inf, scores).astype(np.float32, copy=False)
+    order = np.argsort(np.isneginf(scores), axis=1, kind="stable")[:, :k]
+    fill = ((0, 0), (0, k - order.shape[1]))
+    return (
+        np.pad(np.take_along_axis(scores, order, 1), fill, constant_values=-np.inf),
+        np.pad(np.take_along_axis(rows, order, 1), fill),
+    )
