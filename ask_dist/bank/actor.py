@@ -11,38 +11,61 @@ import numpy as np
 import ray
 
 from ask_dist.bank import store
-from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes
+from ask_dist.bank.shard import Changes, Chosen, Found, KnowledgeShard, Mark, OwnRows
 
 log = logging.getLogger(__name__)
 
+FOLLOW_SECONDS = 0.5  # between two looks of a replica at its primary
 LANES = 4  # calls in progress at once: the bank's lock orders them, answers are serialised outside it
 
 
 class BankActor:
-    """A `KnowledgeBank` and the number of neighbours it answers with.
+    """A `KnowledgeBank`, or one shard of it, and the number of neighbours it answers with.
 
     Args:
         neighbours: k of `search_ids`.
         state_path: a folder written by `store.save`, loaded if it holds a bank. A restarted actor runs its
             constructor again, so it comes back with what was last saved there.
+        primary: name of the actor that this one is a read replica of: it takes no writes, asks that actor twice a
+            second for what was written there, and fills itself from it whenever either of them was restarted.
         maintenance_seconds: pause between two looks at whether inverted files are to be trained.
         settings: `KnowledgeBank`'s arguments.
     """
 
     def __init__(
-        self, *, neighbours: int, state_path: str | None = None, maintenance_seconds: float = 30.0, **settings: Any
+        self,
+        *,
+        neighbours: int,
+        state_path: str | None = None,
+        primary: str | None = None,
+        maintenance_seconds: float = 30.0,
+        **settings: Any,
     ) -> None:
         self._neighbours, self._settings = neighbours, settings
-        self._bank = KnowledgeBank(**settings)
+        self._bank = KnowledgeShard(**settings)
         if settings.get("index", "flat") != "flat":
             threading.Thread(target=self._maintain, args=(maintenance_seconds,), name="maintain", daemon=True).start()
         if state_path is not None and store.snapshots(state_path):
             self.load_state(store.load(state_path))
+        if primary is not None:
+            threading.Thread(target=self._follow, args=(primary,), name="follow", daemon=True).start()
 
     def search_ids(self, ids: np.ndarray) -> Knowledge:
         return self._bank.search_ids(ids, self._neighbours)
+
+    def own_rows(self, ids: np.ndarray) -> OwnRows:
+        return self._bank.own_rows(ids)
+
+    def nearest(self, ids: np.ndarray, *own: OwnRows) -> Found:
+        return self._bank.nearest(ids, self._neighbours, *own)
+
+    def chosen(self, shard: int, *found: Found) -> Chosen:
+        return self._bank.chosen(shard, *found)
+
+    def changes(self, mark: Mark) -> Changes:
+        return self._bank.changes(mark)
 
     def search(self, queries: np.ndarray, k: int, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
         return self._bank.search(queries, k, modality)
@@ -69,11 +92,28 @@ class BankActor:
 
     def load_state(self, state: State) -> None:
         """Replace the whole bank by a saved one; an empty state empties it."""
-        self._bank = KnowledgeBank.from_state(state, **self._settings) if state else KnowledgeBank(**self._settings)
+        self._bank = KnowledgeShard.from_state(state, **self._settings) if state else KnowledgeShard(**self._settings)
 
     def ping(self) -> int:
         """The number of rows: an answer means that the bank is up."""
         return len(self._bank)
+
+    def _follow(self, primary: str) -> None:
+        mark, reached = Mark(), True
+        while True:
+            try:
+                changes = ray.get(ray.get_actor(primary).changes.remote(mark))
+                if changes.restart:
+                    self._bank = KnowledgeShard(**self._settings)
+                self._bank.follow(changes)
+                mark, reached = changes.mark, True
+                if changes.more:
+                    continue
+            except Exception:  # what it holds goes on being searched
+                if reached:
+                    log.warning("the primary does not say what was written; it is asked again", exc_info=True)
+                reached = False
+            time.sleep(FOLLOW_SECONDS)
 
     def _maintain(self, pause: float) -> None:
         while True:

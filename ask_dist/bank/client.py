@@ -11,6 +11,7 @@ import ray
 
 from ask_dist.bank.messages import Knowledge
 from ask_dist.bank.prototypes import Prototypes
+from ask_dist.bank.service import BankService, Search
 
 TRANSFER_SECONDS = 1.0  # an answer that is ready on another node travels in milliseconds, unless that node is gone
 
@@ -24,16 +25,17 @@ class BankClient:
     that is not there when it is collected is late: the step goes without, and the late answer is thrown away.
 
     Args:
-        bank: a handle of `RemoteBankActor`.
-        max_in_flight: requests, and as many upserts, outstanding at most; beyond it a prefetch is skipped (its step
-            counts as late) and an upsert is dropped (counted).
+        bank: a handle of `RemoteBankActor`, or a service of several.
+        max_in_flight: requests, and as many upserts, outstanding at most, a shard; beyond it a prefetch is skipped (its
+            step counts as late) and an upsert is dropped (counted).
         deterministic: wait for every answer, so that a run of one rank can be repeated exactly.
     """
 
     def __init__(self, bank: Any, *, max_in_flight: int = 4, deterministic: bool = False) -> None:
-        self._bank, self._max_in_flight, self._deterministic = bank, max_in_flight, deterministic
-        self._asked: Any = None  # the request whose answer the next collect() wants
-        self._searches: list[Any] = []
+        self._bank = bank if isinstance(bank, BankService) else BankService([[bank]])
+        self._max_in_flight, self._deterministic = max_in_flight, deterministic
+        self._asked: Search | None = None  # whose answer the next collect() wants
+        self._searches: list[Search] = []
         self._upserts: list[Any] = []
         self._prototype_request: Any = None
         self._prototype_generation = 0  # generation last asked about: a commit need not bring new prototypes
@@ -49,12 +51,11 @@ class BankClient:
         """Ask for the neighbours of the stored rows of these ids (int64 [n]); `collect()` hands them over."""
         self._counts["asked"] += 1
         self._asked = None
-        if self._searches:
-            self._searches = ray.wait(self._searches, num_returns=len(self._searches), timeout=0, fetch_local=False)[1]
+        self._searches = [search for search in self._searches if not search.arrived()]
         if len(self._searches) >= self._max_in_flight:
             self._counts["missed"] += 1
             return
-        self._asked = self._bank.search_ids.remote(np.asarray(ids, np.int64))
+        self._asked = self._bank.search_ids(np.asarray(ids, np.int64))
         self._searches.append(self._asked)
 
     def collect(self) -> Knowledge | None:
@@ -66,11 +67,13 @@ class BankClient:
         if asked is None:
             return None
         knowledge = None
-        if self._ready(asked):
+        if asked.arrived(wait=self._deterministic):
             self._searches.remove(asked)
-            knowledge = self._answer(asked)
+            answers = self._answer(asked.answers)
+            knowledge = None if answers is None else asked.join(answers)
         if knowledge is None:
             self._counts["missed"] += 1
+            self._bank.turn_from(asked)
         else:
             self._follow_prototypes(knowledge.generation)
         return knowledge
@@ -83,11 +86,11 @@ class BankClient:
             done, self._upserts = ray.wait(self._upserts, num_returns=len(self._upserts), timeout=0)
             for request in done:
                 self._answer(request)
-        if len(self._upserts) >= self._max_in_flight:
+        if len(self._upserts) >= self._max_in_flight * len(self._bank.shards):
             self._counts["dropped_upserts"] += 1
             return
         rows = (np.asarray(values, np.float16) for values in (audio, text))
-        self._upserts.append(self._bank.upsert.remote(np.asarray(ids, np.int64), *rows, reliability, step))
+        self._upserts += self._bank.upsert(np.asarray(ids, np.int64), *rows, reliability, step)
         if self._deterministic:
             ray.wait(self._upserts, num_returns=len(self._upserts))
 
@@ -103,14 +106,11 @@ class BankClient:
     def _follow_prototypes(self, generation: int) -> None:
         if self._prototype_request is None and generation != self._prototype_generation:
             self._prototype_generation = generation
-            self._prototype_request = self._bank.prototypes.remote()
-        if self._prototype_request is not None and self._ready(self._prototype_request):
-            self._prototypes = self._answer(self._prototype_request) or self._prototypes
+            self._prototype_request = self._bank.prototypes()
+        request = self._prototype_request
+        if request is not None and (self._deterministic or ray.wait([request], timeout=0, fetch_local=False)[0]):
+            self._prototypes = self._answer(request) or self._prototypes
             self._prototype_request = None
-
-    def _ready(self, request: Any) -> bool:
-        # Not fetch_local: on another node the answer would only begin to travel now, and every one would be late.
-        return self._deterministic or bool(ray.wait([request], timeout=0, fetch_local=False)[0])
 
     def _answer(self, request: Any) -> Any:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -232,7 +232,7 @@ class KnowledgeBank:
         return state
 
     @classmethod
-    def from_state(cls, state: State, *, dim: int, capacity: int, **settings) -> KnowledgeBank:
+    def from_state(cls, state: State, *, dim: int, capacity: int, **settings) -> Self:
         """A bank with the rows, counters and prototypes of `state()`; the other arguments as for the constructor.
 
         Raises:
