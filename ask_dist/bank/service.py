@@ -24,10 +24,8 @@ class Search:
     def arrived(self, *, wait: bool = False) -> bool:
         """Whether all answers, or errors, are there."""
         # Not fetch_local: on another node the answer would only begin to travel now, and every one would be late.
-        count = len(self.answers)
-        return (
-            len(ray.wait(self.answers, num_returns=count, timeout=None if wait else 0, fetch_local=False)[0]) == count
-        )
+        timeout = None if wait else 0
+        return not ray.wait(self.answers, num_returns=len(self.answers), timeout=timeout, fetch_local=False)[1]
 
 
 class BankService:

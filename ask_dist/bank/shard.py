@@ -176,7 +176,7 @@ def shard_of(ids: np.ndarray, shards: int) -> np.ndarray:
 
 
 def capacity_of(capacity: int, shards: int) -> int:
-    """The rows that a shard must have room for where the whole bank holds `capacity`: hashes are as uneven as chance."""
+    """The rows that a shard must have room for where the bank is to hold `capacity`: hashes are as uneven as chance."""
     share = capacity / shards
     return min(capacity, int(share + 5 * share**0.5) + 1)
 
@@ -243,7 +243,7 @@ def shard_state(states: Iterable[State], shard: int, shards: int) -> State:
 
 
 def whole_metrics(shards: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
-    """`KnowledgeBank.metrics()` of a bank from those of each shard's primary and its replicas; empty ones are not known.
+    """`KnowledgeBank.metrics()` of a bank from those of each shard's primary and its replicas; {} is not known.
 
     A search visits every shard and counts once. Of what can't be added up the worst shard's counts.
     """
