@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.shard import capacity_of, shard_names
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 
@@ -60,12 +65,13 @@ def resources(config: Config, gpu: bool) -> dict[str, dict[str, float]]:
         gpu: whether workers get a GPU each, see `use_gpu`.
     """
     cluster = config.cluster
+    banks = config.bank.shards * config.bank.replicas
     parts = {
         f"{cluster.num_workers} x worker": {"CPU": cluster.cpus_per_worker, "GPU": float(gpu)},
-        "bank": {"CPU": cluster.bank_cpus, "GPU": cluster.bank_gpus},
+        "bank" if banks == 1 else f"{banks} x bank": {"CPU": cluster.bank_cpus, "GPU": cluster.bank_gpus},
         "refiner": {"CPU": cluster.refine_cpus, "GPU": 0.0},
     }
-    counts = [cluster.num_workers, 1, 1]
+    counts = [cluster.num_workers, banks, 1]
     total = {
         name: sum(count * part[name] for count, part in zip(counts, parts.values(), strict=True))
         for name in ("CPU", "GPU")
@@ -95,20 +101,85 @@ def check_resources(config: Config) -> None:
             )
 
 
-def start_actors(config: Config) -> dict[str, Any]:
-    """The bank, and the refiner where the strategy is not "none"; both start while the caller goes on.
+@dataclass(frozen=True)
+class Actors:
+    """Handles of a run's actors.
 
-    They belong to the caller's process and end with it. Both come back after a crash: the bank empty, to be filled by
-    the workers' upserts, the refiner with a fresh network.
+    Attributes:
+        bank: of each shard the primary, then its read replicas; without shards there is no bank.
+        refiner: or None.
+        group: reserves the bank's resources, spread over the nodes; None where the bank is one actor or reserves none.
+    """
+
+    bank: tuple[tuple[Any, ...], ...] = ()
+    refiner: Any = None
+    group: PlacementGroup | None = None
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """Every one of them."""
+        return (*itertools.chain(*self.bank), *([] if self.refiner is None else [self.refiner]))
+
+    @property
+    def stateful(self) -> dict[str, Any]:
+        """Those whose state a checkpoint keeps, by the name of its file: primaries and refiner."""
+        primaries = [primary for primary, *_ in self.bank]
+        kept = dict(zip(shard_names(len(primaries)), primaries, strict=True))
+        return kept | ({} if self.refiner is None else {"refiner": self.refiner})
+
+
+def start_actors(config: Config) -> Actors:
+    """The bank, and the refiner where the strategy is not "none"; all start while the caller goes on.
+
+    They belong to the caller's process and end with it. All come back after a crash: a shard of the bank empty, to be
+    filled by the workers' upserts, a replica as a copy of its shard, the refiner with a fresh network.
     """
     if not config.knowledge.enabled:
-        return {}
+        return Actors()
     name = f"bank-{config.name}-{uuid.uuid4().hex[:8]}"
-    options = {"name": name, "num_cpus": config.cluster.bank_cpus, "num_gpus": config.cluster.bank_gpus}
-    bank = RemoteBankActor.options(**options).remote(
+    names = [f"{name}-{shard}" for shard in range(config.bank.shards)]
+    group = _spread(config)
+    copies = range(config.bank.replicas)
+    bank = tuple(
+        tuple(_bank_actor(config, group, shard, copy, primary) for copy in copies)
+        for shard, primary in enumerate(names)
+    )
+    if config.refine.strategy == "none":
+        return Actors(bank, None, group)
+    from ask_dist.refine.actor import RemoteRefineActor
+
+    refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus).remote(
+        names, prototypes=config.bank.prototypes, seed=config.seed, **config.refine.model_dump()
+    )
+    return Actors(bank, refiner, group)
+
+
+def stop_actors(actors: Actors) -> None:
+    """Ends the actors of a run at once, and gives back what was reserved for them."""
+    for actor in actors.all:
+        ray.kill(actor)
+    if actors.group is not None:
+        remove_placement_group(actors.group)
+
+
+def _spread(config: Config) -> PlacementGroup | None:
+    """Room for every actor of the bank, each on another node as far as there are enough."""
+    actors, cluster = config.bank.shards * config.bank.replicas, config.cluster
+    needs = {name: amount for name, amount in (("CPU", cluster.bank_cpus), ("GPU", cluster.bank_gpus)) if amount}
+    return placement_group([needs] * actors, strategy="SPREAD") if needs and actors > 1 else None
+
+
+def _bank_actor(config: Config, group: PlacementGroup | None, shard: int, copy: int, primary: str) -> Any:
+    """One actor of the bank: the first of its shard bears the name, the others follow it."""
+    options: dict[str, Any] = {"num_cpus": config.cluster.bank_cpus, "num_gpus": config.cluster.bank_gpus}
+    if group is not None:
+        bundle = shard * config.bank.replicas + copy
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    return RemoteBankActor.options(**options, name=None if copy else primary).remote(
+        primary=primary if copy else None,
         neighbours=config.knowledge.neighbours,
         dim=config.model.embedding_dim,
-        capacity=config.bank.capacity,
+        capacity=capacity_of(config.bank.capacity, config.bank.shards),
         dtype=config.bank.dtype,
         threads=config.bank.threads,
         minimum_reliability=config.bank.minimum_reliability,
@@ -117,17 +188,3 @@ def start_actors(config: Config) -> dict[str, Any]:
         probes=config.bank.probes,
         recall=config.bank.recall,
     )
-    if config.refine.strategy == "none":
-        return {"bank": bank}
-    from ask_dist.refine.actor import RemoteRefineActor
-
-    refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus).remote(
-        name, prototypes=config.bank.prototypes, seed=config.seed, **config.refine.model_dump()
-    )
-    return {"bank": bank, "refiner": refiner}
-
-
-def stop_actors(actors: dict[str, Any]) -> None:
-    """Ends the actors of a run at once."""
-    for actor in actors.values():
-        ray.kill(actor)

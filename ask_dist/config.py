@@ -34,8 +34,8 @@ class Cluster(Section):
     num_workers: Count = 2
     cpus_per_worker: Positive = 1.0
     use_gpu: bool | None = Field(None, description="null: one GPU a worker where the cluster has enough of them")
-    bank_cpus: Weight = Field(0.0, description="cores reserved for the bank; 0 shares the workers' cores")
-    bank_gpus: Weight = Field(0.0, description="GPUs reserved for the bank's FAISS search")
+    bank_cpus: Weight = Field(0.0, description="cores reserved for each actor of the bank; 0 shares the workers' cores")
+    bank_gpus: Weight = Field(0.0, description="GPUs reserved for the FAISS search of each actor of the bank")
     refine_cpus: Weight = Field(0.0, description="cores reserved for the refiner; 0 shares the workers' cores")
     max_failures: Annotated[int, Field(ge=0)] = Field(
         1, description="restarts from the last checkpoint before giving up"
@@ -144,8 +144,11 @@ class Bank(Section):
     inverted_from: Count = Field(50_000, description="rows from which ivf_flat is one; with fewer it searches exactly")
     probes: Count = Field(16, description="least lists that a search of inverted files looks into")
     recall: Share = Field(0.95, description="below it, inverted files are trained anew")
+    shards: Count = Field(1, description="actors that the rows are split over")
+    replicas: Count = Field(1, description="actors that search a shard; all but the first are copies that follow it")
     max_in_flight: Count = Field(4, description="unanswered calls a worker may have outstanding")
     max_late_share: Share = Field(1.0, description="share of late or failed answers above which the run stops")
+    max_missed: Count = Field(10_000, description="answers late or failed in a row after which the run stops")
     minimum_reliability: Share = Field(0.0, description="rows below it are not given as knowledge")
 
 
@@ -209,6 +212,11 @@ class Config(Section):
         if self.model.text.width % self.model.text.heads:
             text = self.model.text
             raise ValueError(f"model.text.width={text.width} is no multiple of model.text.heads={text.heads}")
+        if self.optimization.deterministic and self.bank.replicas > 1:
+            raise ValueError(
+                f"optimization.deterministic needs answers that don't depend on the clock, bank.replicas="
+                f"{self.bank.replicas} follow their shard by it; set bank.replicas=1"
+            )
         if self.optimization.precision == "bf16" and self.cluster.use_gpu is False:
             raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
         return self

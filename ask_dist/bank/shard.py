@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -175,6 +175,11 @@ def shard_of(ids: np.ndarray, shards: int) -> np.ndarray:
     return ((mixed >> np.uint64(32)) % np.uint64(shards)).astype(np.int64)
 
 
+def shard_names(shards: int) -> list[str]:
+    """What the shards are called in a checkpoint."""
+    return ["bank"] if shards == 1 else [f"bank-{shard}" for shard in range(shards)]
+
+
 def capacity_of(capacity: int, shards: int) -> int:
     """The rows that a shard must have room for where the bank is to hold `capacity`: hashes are as uneven as chance."""
     share = capacity / shards
@@ -188,26 +193,23 @@ def joined(ids: np.ndarray, own: Sequence[OwnRows], chosen: Sequence[Chosen]) ->
     each. The generation is that of the first shard, which holds the prototypes.
     """
     newest_step = max(part.newest_step for part in chosen)
-    near, stored = _stacked(chosen), _stacked(own)
-    order = np.argsort(near["ids"])
-    near = {name: values[order] for name, values in near.items()}
-    order = np.argsort(stored["ids"])
-    known = np.isin(ids, stored["ids"])
-    rows = order[np.searchsorted(stored["ids"], ids[known], sorter=order)]
+    near, stored = stacked(chosen), stacked(own)
+    known = np.isin(ids, stored.ids)
+    rows = np.searchsorted(stored.ids, ids[known])
     mine = {
-        "audio": np.zeros((len(ids), near["audio"].shape[1]), np.float16),
-        "text": np.zeros((len(ids), near["text"].shape[1]), np.float16),
+        "audio": np.zeros((len(ids), near.audio.shape[1]), np.float16),
+        "text": np.zeros((len(ids), near.text.shape[1]), np.float16),
         "frame": np.full(len(ids), newest_step + 1),  # an age of -1
         "reliability": np.full(len(ids), -1.0, np.float32),
     }
     for name, values in mine.items():
-        values[known] = stored[name][rows]
+        values[known] = getattr(stored, name)[rows]
     return Knowledge(
-        ids=near["ids"],
-        audio=near["audio"],
-        text=near["text"],
-        reliability=near["reliability"],
-        age=newest_step - near["frame"],
+        ids=near.ids,
+        audio=near.audio,
+        text=near.text,
+        reliability=near.reliability,
+        age=newest_step - near.frame,
         own_audio=mine["audio"],
         own_text=mine["text"],
         own_age=newest_step - mine["frame"],
@@ -216,6 +218,13 @@ def joined(ids: np.ndarray, own: Sequence[OwnRows], chosen: Sequence[Chosen]) ->
         rows=sum(part.rows for part in chosen),
         newest_step=newest_step,
     )
+
+
+def stacked(parts: Sequence[OwnRows] | Sequence[Chosen]) -> OwnRows:
+    """The rows of all shards, by ascending id."""
+    order = np.argsort(np.concatenate([part.ids for part in parts]))
+    names = (field.name for field in fields(OwnRows))
+    return OwnRows(**{name: np.concatenate([getattr(part, name) for part in parts])[order] for name in names})
 
 
 def shard_state(states: Iterable[State], shard: int, shards: int) -> State:
@@ -266,8 +275,3 @@ def _best(found: Sequence[Found], modality: Modality, shard: int) -> np.ndarray:
     np.put_along_axis(best, np.argsort(-scores, axis=1, kind="stable")[:, :k], True, axis=1)
     best &= ~np.isneginf(scores)
     return found[shard].nearest[modality][1][best[:, shard * k : (shard + 1) * k]]
-
-
-def _stacked(parts: Sequence[OwnRows] | Sequence[Chosen]) -> dict[str, np.ndarray]:
-    names = ("ids", "audio", "text", "frame", "reliability")
-    return {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}

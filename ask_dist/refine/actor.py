@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -13,24 +14,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from ask_dist.bank.messages import Commit, Snapshot
+
 if TYPE_CHECKING:  # imports torch and torch-geometric, which cost seconds: the first generation pays, not the start
-    from ask_dist.refine.refiner import Refiner
+    from ask_dist.refine.refiner import Refiner, RefineReport
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 5  # in a row
 FIRST_PAUSE = 0.1  # seconds, doubled by each failure in a row
 NICENESS = 10
+PROTOTYPE_ROWS = 65_536  # that the prototypes of a bank in shards are built from
 
 
 class RefineActor:
     """Generation after generation: snapshot, refine, prototypes, commit; then a rest.
 
-    It begins at once, so that an actor that Ray restarted goes on by itself.
+    It begins at once, so that an actor that Ray restarted goes on by itself. Of a bank in shards each generation takes
+    the next one, the first shard last: it holds the prototypes, which are built from a sample of every shard.
 
     Args:
-        bank: name of the bank's actor. Not a handle: Ray keeps constructor arguments that hold one in its object store,
-            and an actor can't be restarted once they are lost there.
+        banks: names of the bank's actors, one a shard. Not handles: Ray keeps constructor arguments that hold one in
+            its object store, and an actor can't be restarted once they are lost there.
         prototypes: granularities that each commit rebuilds.
         interval: least seconds from the start of one generation to that of the next.
         cpu_share: most of one core that it takes, on average over a generation and the rest after it.
@@ -39,7 +44,7 @@ class RefineActor:
 
     def __init__(
         self,
-        bank: str,
+        banks: Sequence[str],
         *,
         prototypes: Sequence[int] = (),
         interval: float = 2.0,
@@ -53,14 +58,16 @@ class RefineActor:
         self._levels, self._interval, self._cpu_share = tuple(prototypes), interval, cpu_share
         self._refiner_arguments = {"strategy": strategy, "anchor": anchor, "minimum_fresh": minimum_fresh}
         self._settings = settings
-        self._refiner: Refiner | None = None
-        self._lock = threading.Lock()  # the refiner's: its state is never read in the middle of a generation
+        self._refiners: dict[int, Refiner] = {}  # by shard
+        self._samples: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # audio and text rows, by shard
+        self._lock = threading.Lock()  # the refiners': their state is never read in the middle of a generation
         self._stop = threading.Event()
-        self._newest_step = -1
+        self._newest_steps: dict[int, int] = {}
         self._reports: list[dict[str, Any]] = []
         self._metrics = {"refine/failures": 0.0, "refine/generations": 0.0}
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._loop, args=(bank,), name="refine", daemon=True)
+        self._banks = tuple(banks)
+        self._thread = threading.Thread(target=self._loop, name="refine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -85,34 +92,43 @@ class RefineActor:
         return dict(self._metrics)
 
     def state(self) -> dict[str, np.ndarray]:
-        """`Refiner.state()`; empty before the first generation."""
+        """`Refiner.state()`, of several shards each under its number; empty before the first generation."""
         with self._lock:
-            return {} if self._refiner is None else self._refiner.state()
+            parts = {self._prefix(shard): refiner.state() for shard, refiner in self._refiners.items()}
+        return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Continue from `state()`, after the generation in progress if there is one; an empty state begins anew."""
         with self._lock:
-            self._refiner, self._newest_step = None, -1
-            if state:
-                self._made().load_state(state)
+            self._refiners, self._samples, self._newest_steps = {}, {}, {}
+            for shard in range(len(self._banks)):
+                prefix = self._prefix(shard)
+                part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+                if part:
+                    self._made(shard).load_state(part)
 
-    def _made(self) -> Refiner:
-        if self._refiner is None:
+    def _prefix(self, shard: int) -> str:
+        return f"{shard}." if len(self._banks) > 1 else ""
+
+    def _made(self, shard: int) -> Refiner:
+        if shard not in self._refiners:
             import torch
 
             from ask_dist.refine.refiner import Refiner
             from ask_dist.refine.strategies import Settings
 
             torch.set_num_threads(1)
-            self._refiner = Refiner(**self._refiner_arguments, settings=Settings(**self._settings))  # type: ignore[arg-type]
-        return self._refiner
+            settings = Settings(**self._settings)
+            self._refiners[shard] = Refiner(**self._refiner_arguments, settings=settings)  # type: ignore[arg-type]
+        return self._refiners[shard]
 
-    def _loop(self, name: str) -> None:
-        failures = 0
+    def _loop(self) -> None:
+        failures, turns = 0, itertools.cycle(reversed(range(len(self._banks))))
         while not self._stop.is_set() and failures < MAX_FAILURES:
             started, cpu = time.monotonic(), time.process_time()
             try:
-                self._generation(ray.get_actor(name))
+                shard = next(turns)
+                self._generation(shard, ray.get_actor(self._banks[shard]))
                 failures = 0
             except Exception as error:  # a bank that restarts, or one bad generation, must not end the refinement
                 # A bank that Ray is restarting comes back; that alone never makes the refiner give up.
@@ -124,20 +140,35 @@ class RefineActor:
             rest = max(self._interval, used / self._cpu_share, FIRST_PAUSE * 2**failures if failures else 0.0)
             self._stop.wait(max(0.0, rest - (time.monotonic() - started)))
 
-    def _generation(self, bank: Any) -> None:
+    def _generation(self, shard: int, bank: Any) -> None:
         snapshot = ray.get(bank.snapshot.remote())
-        if len(snapshot.ids) == 0 or snapshot.newest_step == self._newest_step:
+        if len(snapshot.ids) == 0 or snapshot.newest_step == self._newest_steps.get(shard):
             return
-        from ask_dist.refine.refiner import generation
-
         with self._lock:
-            commit, report = generation(self._made(), snapshot, self._levels, self._settings.get("seed", 0))
-        ray.get(bank.commit.remote(commit))
-        self._newest_step = snapshot.newest_step
+            commit, report = self._refined(shard, snapshot)
+        if commit is not None:
+            ray.get(bank.commit.remote(commit))
+        self._newest_steps[shard] = snapshot.newest_step
         self._metrics["refine/generations"] += 1
         if report is not None:
             self._reports.append(asdict(report))
             self._metrics |= {f"refine/{name}": float(value) for name, value in asdict(report).items()}
+
+    def _refined(self, shard: int, snapshot: Snapshot) -> tuple[Commit | None, RefineReport | None]:
+        """A generation of one shard; the first shard's brings prototypes of all."""
+        from ask_dist.refine.refiner import corrected_rows, generation, with_prototypes
+
+        refiner, seed = self._made(shard), self._settings.get("seed", 0)
+        if len(self._banks) == 1:
+            return generation(refiner, snapshot, self._levels, seed)
+        commit, report = refiner.refine(snapshot)
+        chosen = np.random.default_rng(seed).permutation(len(snapshot.ids))[: PROTOTYPE_ROWS // len(self._banks)]
+        audio, text = corrected_rows(snapshot, commit)
+        self._samples[shard] = audio[chosen], text[chosen]
+        if shard == 0:
+            audio, text = (np.concatenate(parts) for parts in zip(*self._samples.values(), strict=True))
+            commit = with_prototypes(commit, snapshot, (audio, text), self._levels, seed)
+        return commit, report
 
 
 RemoteRefineActor = ray.remote(max_concurrency=2, max_restarts=-1)(RefineActor)  # type: ignore[call-overload]

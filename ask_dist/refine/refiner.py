@@ -205,9 +205,15 @@ def generation(
         seed: of their k-means.
     """
     commit, report = refiner.refine(snapshot)
-    prototypes = build_prototypes(*corrected_rows(snapshot, commit), levels, seed)
-    commit = replace(commit, prototypes=prototypes) if commit else Commit.of_prototypes(prototypes, snapshot)
-    return commit, report
+    return with_prototypes(commit, snapshot, corrected_rows(snapshot, commit), levels, seed), report
+
+
+def with_prototypes(
+    commit: Commit | None, snapshot: Snapshot, rows: tuple[np.ndarray, np.ndarray], levels: Sequence[int], seed: int
+) -> Commit:
+    """The commit, or one that corrects nothing, with prototypes of these audio and text rows [n, d]."""
+    prototypes = build_prototypes(*rows, levels, seed)
+    return replace(commit, prototypes=prototypes) if commit else Commit.of_prototypes(prototypes, snapshot)
 
 
 def corrected_rows(snapshot: Snapshot, commit: Commit | None) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import ray
 import torch
 import torch.distributed as dist
 
@@ -81,7 +80,7 @@ def _bank_facts(state: TrainState, probe: Encoded) -> dict[str, Any]:
     """What the bank held at the end, against a fresh encoding of some training clips (RDM)."""
     if state.knowledge is None:
         return {"bank": None, "refine": None, "drift": None}
-    bank = ray.get(state.actors["bank"].snapshot.remote())
+    bank = state.knowledge.stored_rows(np.array([stable_id(key) for key in probe.keys]))
     row_of = {int(key): row for row, key in enumerate(bank.ids)}
     first_text = np.unique(probe.owner.numpy(), return_index=True)[1]
     found = [(clip, row_of[stable_id(key)]) for clip, key in enumerate(probe.keys) if stable_id(key) in row_of]
@@ -92,14 +91,12 @@ def _bank_facts(state: TrainState, probe: Encoded) -> dict[str, Any]:
         stored = {"audio": bank.audio[rows].astype(np.float32), "text": bank.text[rows].astype(np.float32)}
         drift = {name: mean_drift(stored[name], fresh[name]) for name in stored}
         drift |= {f"overlap_{name}": neighbour_overlap(stored[name], fresh[name]) for name in stored}
-    facts = ray.get(state.actors["bank"].metrics.remote()) | state.knowledge.metrics()
-    refiner = state.actors.get("refiner")
-    refine = ray.get(refiner.metrics.remote()) if refiner is not None else {}
-    return {
-        "drift": drift,
-        "bank": {name.removeprefix("bank/"): value for name, value in facts.items() if name.startswith("bank/")},
-        "refine": {name.removeprefix("refine/"): value for name, value in refine.items()} or None,
-    }
+    facts = state.knowledge.last_metrics()
+
+    def under(prefix: str) -> dict[str, float]:
+        return {name.removeprefix(prefix): value for name, value in facts.items() if name.startswith(prefix)}
+
+    return {"drift": drift, "bank": under("bank/"), "refine": under("refine/") or None}
 
 
 def _run_facts(state: TrainState) -> dict[str, Any]:

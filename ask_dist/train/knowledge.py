@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from torch import Tensor
 
 from ask_dist.bank.client import BankClient
+from ask_dist.bank.service import BankService
+from ask_dist.bank.shard import OwnRows, shard_names, shard_state, stacked, whole_metrics
+from ask_dist.cluster import Actors
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
+from ask_dist.train import checkpoint
 
 MINIMUM_ANSWERS = 50
 
@@ -23,23 +29,24 @@ class KnowledgeSource:
 
     Args:
         config: the run.
-        bank: handle of the BankActor.
-        refiner: handle of the RefineActor, or None.
+        actors: the run's; it has a bank.
         device: where the embeddings are.
+        rank: of this worker; ranks are spread over the bank's read replicas by it.
     """
 
-    def __init__(self, config: Config, bank: Any, refiner: Any, device: torch.device) -> None:
-        self._config, self._bank, self._refiner, self._device = config, bank, refiner, device
+    def __init__(self, config: Config, actors: Actors, device: torch.device, rank: int = 0) -> None:
+        self._config, self._actors, self._device = config, actors, device
+        self._bank = BankService(actors.bank, rank)
         self._client = BankClient(
-            bank, max_in_flight=config.bank.max_in_flight, deterministic=config.optimization.deterministic
+            self._bank, max_in_flight=config.bank.max_in_flight, deterministic=config.optimization.deterministic
         )
         gates = [config.knowledge.start]
         if config.knowledge.reliability.enabled:
             gates.append(config.knowledge.reliability.start)
         self._start = min(gates)
-        self._asked = 0
-        self._polls: dict[str, Any] = {}
-        self._metrics: dict[str, float] = {}
+        self._asked = self._missed = 0
+        self._polls: dict[Any, Any] = {}
+        self._said: dict[Any, dict[str, float]] = {}  # the last metrics of each actor
 
     def prefetch(self, ids: Tensor, progress: float) -> None:
         """Asks for the neighbours of the next batch, once any gate is open by then."""
@@ -51,12 +58,14 @@ class KnowledgeSource:
         """What the bank answered to `prefetch`; None: a plain step.
 
         Raises:
-            InputError: more answers were late or failed than `bank.max_late_share` allows.
+            InputError: more answers were late or failed than `bank.max_late_share` or `bank.max_missed` allows.
         """
         answer = self._client.collect()
         if answer is None:
-            self._check_late_share()
+            self._missed += self._asked > 0  # before the first prefetch there is nothing to miss
+            self._check_missed()
             return None
+        self._missed = 0
         return Neighbours.of(answer, self._client.prototypes, self._device)
 
     def upsert(self, ids: Tensor, audio: Tensor, text: Tensor, reliability: Tensor, global_step: int) -> None:
@@ -66,24 +75,57 @@ class KnowledgeSource:
 
     def metrics(self) -> dict[str, float]:
         """The client's counts, and the last metrics that the actors gave; asks them anew without waiting."""
-        calls = {"bank": self._bank.metrics}
-        if self._refiner is not None:
-            calls["refiner"] = self._refiner.metrics
-        for name, method in calls.items():
-            request = self._polls.get(name)
+        for actor in self._actors.all:
+            request = self._polls.get(actor)
             if request is not None and ray.wait([request], timeout=0)[0]:
-                self._metrics |= _answer(request)
+                self._said[actor] = _answer(request) or self._said.get(actor, {})
                 request = None
-            self._polls[name] = method.remote() if request is None else request
-        return self._metrics | self._client.metrics()
+            self._polls[actor] = actor.metrics.remote() if request is None else request
+        return self._whole_metrics(self._said)
 
-    def _check_late_share(self) -> None:
+    def last_metrics(self) -> dict[str, float]:
+        """As `metrics`, but waits for what the actors say now."""
+        said = ray.get([actor.metrics.remote() for actor in self._actors.all])
+        return self._whole_metrics(dict(zip(self._actors.all, said, strict=True)))
+
+    def stored_rows(self, ids: np.ndarray) -> OwnRows:
+        """What the bank holds of these ids (int64 [n]); waits for it."""
+        return stacked(ray.get(self._bank.own_rows(ids)))
+
+    def _whole_metrics(self, said: dict[Any, dict[str, float]]) -> dict[str, float]:
+        bank = whole_metrics([[said.get(actor, {}) for actor in shard] for shard in self._actors.bank])
+        return bank | said.get(self._actors.refiner, {}) | self._client.metrics()
+
+    def _check_missed(self) -> None:
+        if self._missed >= self._config.bank.max_missed:
+            raise InputError(
+                f"{self._missed} of the bank's answers in a row came late or failed, bank.max_missed allows no more; "
+                "give it cores of its own (cluster.bank_cpus), see ray status for actors that did not start, or raise "
+                "the limit"
+            )
         share, limit = self._client.metrics()["bank/late_share"], self._config.bank.max_late_share
         if self._asked >= MINIMUM_ANSWERS and share > limit:
             raise InputError(
                 f"{share:.0%} of the bank's answers came late, bank.max_late_share allows {limit:.0%}; "
                 "give it cores of its own (cluster.bank_cpus), lower knowledge.neighbours, or raise the limit"
             )
+
+
+def load_actors(actors: Actors, folder: Path) -> None:
+    """Puts the actors back to a verified checkpoint.
+
+    A bank that was saved in another number of shards is split anew, a shard at a time; the refiner then begins anew.
+    """
+    names, shards = shard_names(len(list(folder.glob("bank*.safetensors")))), len(actors.bank)
+    for shard, (primary, *_) in enumerate(actors.bank):
+        if len(names) == shards:
+            state = checkpoint.load_actor(folder, names[shard])
+        else:
+            state = shard_state((checkpoint.load_actor(folder, name) for name in names), shard, shards)
+        ray.get(primary.load_state.remote(state))
+    if actors.refiner is not None:
+        state = checkpoint.load_actor(folder, "refiner") if len(names) == shards else {}
+        ray.get(actors.refiner.load_state.remote(state))
 
 
 def _answer(request: Any) -> dict[str, float]:

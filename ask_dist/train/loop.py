@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ask_dist import config as configuration
+from ask_dist.cluster import Actors
 from ask_dist.config import Config
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.shards import ShardList
@@ -30,7 +31,7 @@ from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish
 from ask_dist.train.engine import Engine
-from ask_dist.train.knowledge import KnowledgeSource
+from ask_dist.train.knowledge import KnowledgeSource, load_actors
 from ask_dist.train.tracking import MetricsLog, StageClock, last_time
 
 
@@ -46,7 +47,7 @@ class TrainState:
     loader: TrainLoader
     shards: dict[str, ShardList]
     knowledge: KnowledgeSource | None
-    actors: dict[str, Any]
+    actors: Actors
     total_steps: int
     lineage: str
     log: MetricsLog | None
@@ -67,8 +68,8 @@ def train_loop_per_worker(job: dict[str, Any]) -> None:
     """Trains from the last checkpoint, or from the start, to the end of the run.
 
     Args:
-        job: `config` (plain mapping), `actors` (handles of `bank` and `refiner`, where the run has them), `use_gpu`,
-            and `checkpoint` (path of the one that the run goes on from, or None).
+        job: `config` (plain mapping), `actors` (of `cluster.start_actors`), `use_gpu`, and `checkpoint` (path of the
+            one that the run goes on from, or None).
 
     Raises:
         InputError: whatever the user can mend; a full disk too.
@@ -104,7 +105,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     total_steps = run_length(config, loader.steps_per_epoch)
     model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
     actors = job["actors"]
-    knowledge = KnowledgeSource(config, actors["bank"], actors.get("refiner"), device) if "bank" in actors else None
+    knowledge = KnowledgeSource(config, actors, device, rank) if actors.bank else None
     metrics = config.run_dir / "metrics.jsonl"
     state = TrainState(
         config=config,
@@ -301,7 +302,7 @@ def save_checkpoint(state: TrainState) -> None:
         state.config.run_dir,
         state.config.optimization.keep_checkpoints,
         engine=engine,
-        actors={name: ray.get(actor.state.remote()) for name, actor in state.actors.items()},
+        actors={name: ray.get(actor.state.remote()) for name, actor in state.actors.stateful.items()},
         global_step=state.engine.global_step,
         samples_seen=state.samples_seen,
         lineage=state.lineage,
@@ -330,7 +331,7 @@ def resume(state: TrainState, checkpoint_path: str | None) -> None:
     if path is not None:
         load_checkpoint(state, Path(path))
     elif state.rank == 0:
-        ray.get([actor.load_state.remote({}) for actor in state.actors.values()])
+        ray.get([actor.load_state.remote({}) for actor in state.actors.stateful.values()])
     dist.barrier()
 
 
@@ -343,4 +344,4 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     state.engine.load_state(checkpoint.load_engine(folder))
     state.samples_seen = manifest.samples_seen
     if state.rank == 0:
-        ray.get([actor.load_state.remote(checkpoint.load_actor(folder, name)) for name, actor in state.actors.items()])
+        load_actors(state.actors, folder)

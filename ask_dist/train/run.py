@@ -124,7 +124,7 @@ class EndAtInputError(UserCallback):
 
 def fit(
     config: Config,
-    actors: dict[str, Any],
+    actors: cluster.Actors,
     train_shards: ShardList,
     console: Console,
     found: Path | None = None,

@@ -39,7 +39,14 @@ def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, d
     audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
     bank = start(RemoteBankActor, name="bank-a", neighbours=4, dim=audio.shape[1], capacity=ROWS)
     refiner = start(
-        RemoteRefineActor, "bank-a", prototypes=[4, 16], interval=0.1, cpu_share=1.0, strategy="gnn", steps=5, hidden=8
+        RemoteRefineActor,
+        ["bank-a"],
+        prototypes=[4, 16],
+        interval=0.1,
+        cpu_share=1.0,
+        strategy="gnn",
+        steps=5,
+        hidden=8,
     )
     assert ray.get(refiner.state.remote()) == {}
     ray.get(bank.upsert.remote(ids, audio, text, None, 0))
@@ -67,7 +74,7 @@ def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, d
 def test_failures_in_a_row_end_it_visibly(start):
     bank = start(RemoteBankActor, name="bank-b", neighbours=4, dim=4, capacity=10)
     ray.kill(bank)
-    refiner = start(RemoteRefineActor, "bank-b", interval=0.0)
+    refiner = start(RemoteRefineActor, ["bank-b"], interval=0.0)
     wait_for(lambda: ray.get(refiner.metrics.remote())["refine/failures"] == MAX_FAILURES)
     with pytest.raises(RuntimeError, match="gave up after 5 failures in a row"):
         ray.get(refiner.reports.remote())
