@@ -13,7 +13,8 @@ State = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Knowledge:
-    """An answer to `search_ids`: m rows of the bank, in the bank's row order, and the stored rows of the n asked ids.
+    """An answer to `search_ids`: m rows of the bank, in the bank's row order (of several shards: by
+    ascending id), and the stored rows of the n asked ids.
 
     Attributes:
         ids: int64 [m], none of them asked for.
