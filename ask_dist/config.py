@@ -214,8 +214,8 @@ class Config(Section):
             raise ValueError(f"model.text.width={text.width} is no multiple of model.text.heads={text.heads}")
         if self.optimization.deterministic and self.bank.replicas > 1:
             raise ValueError(
-                f"optimization.deterministic needs answers that don't depend on the clock, bank.replicas="
-                f"{self.bank.replicas} follow their shard by it; set bank.replicas=1"
+                f"bank.replicas={self.bank.replicas} follow their shard by the clock, which "
+                "optimization.deterministic excludes; set bank.replicas=1"
             )
         if self.optimization.precision == "bf16" and self.cluster.use_gpu is False:
             raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")

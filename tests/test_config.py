@@ -197,6 +197,11 @@ def test_bf16_without_gpus_and_uneven_heads_are_refused():
     assert "model.text.heads=3" in refusal("model.text.heads=3")
 
 
+def test_a_deterministic_run_has_no_replicas():
+    assert "set bank.replicas=1" in refusal("optimization.deterministic=true", "bank.replicas=2")
+    assert parse("optimization.deterministic=true", "bank.shards=3").bank.shards == 3
+
+
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 70))
 def test_the_remedy_for_lanes_and_batches_works(workers, lanes, micro_batch_size):
     overrides = {
