@@ -260,7 +260,7 @@ def whole_metrics(shards: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, 
     if not all(primaries):
         return {}
     values = {name: min(said[name] for said in primaries) for name in primaries[0]}
-    values |= {name: sum(said[name] for said in primaries) for name in SUMS}
+    values |= {name: sum(said[name] for said in primaries) for name in SUMS if name in values}
     stale = sum(said["bank/staleness"] * said["bank/rows"] for said in primaries)
     values["bank/staleness"] = stale / max(1.0, values["bank/rows"])
     values["bank/searches"] = max(sum(said.get("bank/searches", 0.0) for said in actors) for actors in shards)
