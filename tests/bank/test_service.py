@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -50,9 +51,12 @@ def start_shards(local_ray):
 
 
 def wait_for_rows(actors, rows: int) -> None:
-    """Polls; the test's own timeout ends a wait in vain."""
-    while sum(ray.get([actor.ping.remote() for actor in actors])) < rows:
+    """Polls, also while an actor is being restarted; the test's own timeout ends a wait in vain."""
+    held = 0
+    while held < rows:
         time.sleep(0.02)
+        with contextlib.suppress(ray.exceptions.ActorUnavailableError):
+            held = sum(ray.get([actor.ping.remote() for actor in actors]))
 
 
 def test_a_client_of_shards_gets_one_banks_answer(start_shards, rows):
@@ -135,10 +139,10 @@ def test_a_dead_shards_replica_answers_for_it(start_shards, rows):
     client.prefetch(rows[0][:9])
     expected = client.collect()
     ray.kill(shards[1][0])
-    client.prefetch(rows[0][:9])
-    assert client.collect() is None
-    client.prefetch(rows[0][:9])
-    answer = client.collect()
+    answers = [expected]
+    while None not in answers or answers[-1] is None:
+        client.prefetch(rows[0][:9])
+        answers.append(client.collect())
     for name, value in vars(expected).items():
-        np.testing.assert_array_equal(getattr(answer, name), value, name)
-    assert client.metrics()["bank/failed"] == 1
+        np.testing.assert_array_equal(getattr(answers[-1], name), value, name)
+    assert client.metrics()["bank/failed"] == answers.count(None)
