@@ -142,6 +142,51 @@ def ablate(
     run(smoke_of(loaded) if smoke else loaded, console, only_report=report_only)
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    workers: Annotated[str, typer.Option(help="training workers, or a range that doubles")] = "8..1024",
+    rows: Annotated[str, typer.Option(help="rows of the bank, or a range in powers of ten")] = "1e6..1e9",
+    step_seconds: Annotated[
+        float, typer.Option(min=1e-4, help="of a training step; the sum of time/* in metrics.jsonl")
+    ] = 0.25,
+    memory: Annotated[float, typer.Option(min=0.1, help="GiB that a node gives its part of the bank")] = 64.0,
+    network: Annotated[float, typer.Option(min=0.01, help="Gbit/s of a node, each way")] = 25.0,
+    gpu: Annotated[bool, typer.Option("--gpu", help="search on a GPU; needs constants measured on one")] = False,
+    constants: Annotated[
+        Path | None, typer.Option(help="default: runs/bench/bank.json if there, else what ships")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="also write everything to this JSON file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw it, a PNG file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="also write the tables to this file")] = None,
+) -> None:
+    """Say which shards, replicas and index hold so many workers and rows, what they need, and where it breaks.
+
+    Example: ask-dist plan configs/quickstart.yaml --workers 512 --rows 1e8
+    """
+    from ask_dist import config as configuration
+
+    loaded = configuration.load(config, overrides or [])
+    from ask_dist.plan.command import plan as run
+    from ask_dist.plan.command import span
+    from ask_dist.plan.constants import load
+    from ask_dist.plan.model import Node
+
+    run(
+        loaded,
+        span(workers, 2, "workers"),
+        span(rows, 10, "rows"),
+        load(constants),
+        step_seconds=step_seconds,
+        node=Node(memory * 2**30, network * 1e9 / 8, gpu),
+        console=console,
+        output=output,
+        plot=plot,
+        markdown=markdown,
+    )
+
+
 class Half(StrEnum):
     """Of a row of the bank."""
 

@@ -1,0 +1,275 @@
+"""A bank under load as a set of queues, in plain arithmetic.
+
+Rows are split over S shards, each of which R replicas serve; a replica is one actor, with one lock and so one queue.
+In a step of T seconds each of W workers sends one search of m ids, to one replica of every shard, and one upsert of m
+rows, to every replica of the shards that own them. So a replica sees W/(R T) searches a second, of s seconds, and W/T
+upserts, of u seconds; once a generation the refiner holds its lock, for h seconds in G.
+
+    busy = W s / (R T) + W u / T + h / G
+
+Two ways of arriving bound the wait, and the later answer of the two counts:
+
+- Workers out of step: Poisson arrivals, M/G/1. The mean wait is Pollaczek and Khinchine's,
+  w = sum(rate seconds^2) / (2 (1 - busy)) (Kleinrock, Queueing Systems I, 1975, eq. 5.62), its tail that of Kingman's
+  heavy-traffic limit, P(wait > t) = busy exp(-busy t / w), exact for M/M/1 (Kleinrock II, 1976, section 2.1). An answer
+  is as late as the slowest of its S shards, taken to be independent.
+- Workers in lockstep, as a gradient's all-reduce makes them: all of a step's calls arrive at once, and a replica takes
+  W u + (W / R) s seconds until the last search is answered.
+
+An answer is late if it is not there when its step begins, T after it was asked for. While the refiner holds the lock,
+nobody is answered: a hold that is longer than what is left of a step makes answers late too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ask_dist.plan.constants import Constants, Precision
+
+MOST_BUSY = 0.8  # of a queue or a network card: beyond it the wait grows faster than any estimate of it is good
+MOST_LATE = 0.01
+QUANTILE = 0.99
+SHARDS = tuple(2**power for power in range(11))
+REPLICAS = tuple(2**power for power in range(9))
+ROW_EXTRA = 20  # bytes of id, age and reliability that travel with a row
+ID_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What training asks of the bank.
+
+    Attributes:
+        workers, rows, step_seconds: training workers, rows of the whole bank, and a step without waiting.
+        batch: ids a search and rows an upsert. dim: values of an embedding. neighbours: k, by each modality.
+        precision: of the bank's rows. threads: of one search; it is taken to be as much faster.
+        strategy, interval, cpu_share: of the refiner, as configured; "none" for no refiner.
+    """
+
+    workers: int
+    rows: int
+    step_seconds: float
+    batch: int
+    dim: int
+    neighbours: int
+    precision: Precision
+    threads: int
+    strategy: str
+    interval: float
+    cpu_share: float
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Until training itself has renewed every row, if it visits all of them."""
+        return self.rows / (self.workers * self.batch) * self.step_seconds
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where one actor runs: bytes of memory, bytes a second of network each way, and whether it searches on a GPU."""
+
+    memory: float
+    network: float
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An index over shards times replicas."""
+
+    index: str
+    shards: int
+    replicas: int
+
+    @property
+    def actors(self) -> int:
+        return self.shards * self.replicas
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds and bytes of single calls at one replica.
+
+    Attributes:
+        search, upsert: seconds that a worker's call of a step keeps a replica busy.
+        answer, rows_sent: bytes of a shard's answer, and of the rows that a worker sends to one replica.
+        hold, generation: seconds that the refiner holds the lock, and between two such times.
+    """
+
+    search: float
+    upsert: float
+    answer: float
+    rows_sent: float
+    hold: float
+    generation: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layout does under a load. Times in seconds from asking to having the answer, memory in bytes, networks in
+    bytes a second.
+
+    Attributes:
+        busy: share of time that a replica works; `busy_with` is what most of it goes to.
+        answer_mean, answer_p99: workers out of step. lockstep_p99: workers in step.
+        late_share: of the answers, in the worse case of the two.
+        memory_shard, memory_all: of one actor and of all.
+        network_bank, network_worker: out of or into one of them, whichever is more. network_all: the sum of all calls.
+        generation: seconds between two corrections of a row by the refiner.
+        problems: why it does not hold; empty if it does.
+    """
+
+    layout: Layout
+    busy: float
+    busy_with: Literal["searches", "upserts", "the refiner"]
+    answer_mean: float
+    answer_p99: float
+    lockstep_p99: float
+    late_share: float
+    memory_shard: float
+    memory_all: float
+    network_bank: float
+    network_worker: float
+    network_all: float
+    generation: float
+    problems: tuple[str, ...] = ()
+
+
+def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) -> Work:
+    """What single calls cost at one replica."""
+    rows, scale = load.rows / layout.shards, load.dim / constants.dim
+    index = layout.index
+    queries = 2 * load.batch
+    found = min(queries * load.neighbours, rows)  # every shard answers with the nearest of its own
+    answer = found * (4 * load.dim + ROW_EXTRA) + load.batch / layout.shards * (4 * load.dim + ROW_EXTRA)
+    search = queries * constants.query_seconds(index, rows, load.dim, gpu) / load.threads
+    sent = load.batch / layout.shards
+    touched = 1.0 - (1.0 - 1.0 / layout.shards) ** load.batch  # chance that a shard owns any row of a batch
+    generation, hold = math.inf, 0.0
+    if load.strategy != "none":
+        generation = max(load.interval, load.rows * constants.refine[load.strategy] * scale / load.cpu_share)
+        hold = rows * (constants.snapshot + constants.commit) * scale
+    return Work(
+        search=constants.call + search + answer * constants.byte,
+        upsert=touched * constants.call + sent * constants.upsert[index] * scale,
+        answer=answer,
+        rows_sent=sent * (4 * load.dim + ROW_EXTRA),
+        hold=hold,
+        generation=max(generation, hold),
+    )
+
+
+def mean_wait(rates_and_seconds: list[tuple[float, float]], busy: float) -> float:
+    """Pollaczek and Khinchine's mean wait for classes of calls (a second, seconds each) at one server."""
+    return math.inf if busy >= 1.0 else sum(rate * each**2 for rate, each in rates_and_seconds) / (2.0 * (1.0 - busy))
+
+
+def tail(busy: float, wait: float, seconds: float) -> float:
+    """P(wait > seconds) at a server whose mean wait is `wait`."""
+    if busy >= 1.0 or seconds < 0.0:
+        return 1.0
+    return busy * math.exp(-busy * seconds / wait) if wait else 0.0
+
+
+def wait_quantile(busy: float, wait: float, quantile: float, shards: int = 1) -> float:
+    """The wait that the slowest of `shards` independent servers exceeds with probability 1 - quantile."""
+    if busy >= 1.0:
+        return math.inf
+    one = 1.0 - quantile ** (1.0 / shards)
+    return wait / busy * math.log(busy / one) if busy > one else 0.0
+
+
+def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Outcome:
+    """Utilisation, waits, memory and network of one layout, and what of it does not hold."""
+    part = work(load, layout, constants, node.gpu)
+    step, shards = load.step_seconds, layout.shards
+    searches, upserts = load.workers / step / layout.replicas, load.workers / step
+    shares = {
+        "searches": searches * part.search,
+        "upserts": upserts * part.upsert,
+        "the refiner": part.hold / part.generation if part.hold else 0.0,
+    }
+    busy = sum(shares.values())
+    wait = mean_wait([(searches, part.search), (upserts, part.upsert)], busy)
+    travel = constants.round_trip + shards * part.answer / node.network
+    allowed = step - travel
+    burst = load.workers / layout.replicas * part.search
+    drained = load.workers * part.upsert + burst
+    lockstep = load.workers * part.upsert + QUANTILE * burst if busy < 1.0 else math.inf
+    late = 1.0
+    if busy < 1.0:
+        alone = 1.0 - (1.0 - tail(busy, wait, allowed - part.search)) ** shards
+        together = min(1.0, max(0.0, drained - allowed) / burst)
+        held = [max(0.0, part.hold + base - allowed) / part.generation for base in (part.search, drained)]
+        late = min(1.0, max(alone + held[0], together + held[1]))
+    outcome = Outcome(
+        layout=layout,
+        busy=busy,
+        busy_with=max(shares, key=shares.__getitem__),  # type: ignore[arg-type]
+        answer_mean=wait + part.search + travel,
+        answer_p99=wait_quantile(busy, wait, QUANTILE, shards) + part.search + travel,
+        lockstep_p99=lockstep + travel,
+        late_share=late,
+        memory_shard=load.rows / shards * constants.bytes_a_row(layout.index, load.precision, load.dim),
+        memory_all=load.rows * layout.replicas * constants.bytes_a_row(layout.index, load.precision, load.dim),
+        network_bank=max(searches * part.answer, upserts * part.rows_sent),
+        network_worker=shards * max(part.answer, layout.replicas * part.rows_sent) / step,
+        network_all=load.workers / step * shards * (part.answer + layout.replicas * part.rows_sent),
+        generation=part.generation,
+    )
+    return replace(outcome, problems=tuple(_problems(outcome, node)))
+
+
+def _problems(outcome: Outcome, node: Node) -> list[str]:
+    problems = []
+    if outcome.memory_shard > node.memory:
+        problems.append(f"memory: {outcome.memory_shard / 2**30:.0f} GiB a shard, a node has {node.memory / 2**30:.0f}")
+    if outcome.busy > MOST_BUSY:
+        problems.append(f"busy: {outcome.busy:.2f}, most with {outcome.busy_with}")
+    for name, used in (("bank", outcome.network_bank), ("worker", outcome.network_worker)):
+        if used > MOST_BUSY * node.network:
+            problems.append(f"network of a {name}: {used / 1e9:.2f} GB/s of {node.network / 1e9:.2f}")
+    if outcome.late_share > MOST_LATE and outcome.busy <= MOST_BUSY:
+        problems.append(f"late: {outcome.late_share:.1%} of the answers")
+    return problems
+
+
+def smallest(load: Load, index: str, constants: Constants, node: Node) -> Outcome:
+    """The layout of an index with the fewest actors that holds, with few shards rather than few replicas; where none
+    does, the one with the fewest problems and then the least to do."""
+    outcomes = [
+        predict(load, Layout(index, shards, replicas), constants, node)
+        for shards, replicas in itertools.product(SHARDS, REPLICAS)
+    ]
+    holding = [outcome for outcome in outcomes if not outcome.problems]
+    if holding:
+        return min(holding, key=lambda outcome: (outcome.layout.actors, outcome.layout.shards))
+    return min(outcomes, key=lambda outcome: (len(outcome.problems), outcome.busy))
+
+
+def recommend(load: Load, constants: Constants, node: Node) -> Outcome:
+    """The smallest layout over all kinds of index that were measured; of equally small ones the more exact."""
+    found = [smallest(load, index, constants, node) for index in constants.indexes(node.gpu)]
+    return min(found, key=lambda outcome: (len(outcome.problems), outcome.layout.actors))
+
+
+def breaking_point(
+    load: Load, layout: Layout, constants: Constants, node: Node, grown: Literal["workers", "rows"]
+) -> tuple[int, str]:
+    """The largest number of workers, or of rows, within one percent, that a layout holds, and what then breaks."""
+    holds, breaks = getattr(load, grown), 0
+    if predict(load, layout, constants, node).problems:
+        holds, breaks = 0, holds
+    problem = ""
+    while breaks == 0 or breaks - holds > max(1, holds // 100):
+        tried = 2 * holds if breaks == 0 else (holds + breaks) // 2
+        changed = replace(load, workers=tried) if grown == "workers" else replace(load, rows=tried)
+        problems = predict(changed, layout, constants, node).problems
+        if problems:
+            breaks, problem = tried, problems[0]
+        else:
+            holds = tried
+    return holds, problem
