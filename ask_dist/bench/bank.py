@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,10 @@ import ray
 from ask_dist.bank.actor import RemoteBankActor
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.prototypes import unit_rows
+from ask_dist.bench.process import seconds
+
+IN_FLIGHT = 4  # as `BankClient` bounds it
+SHORTEST = 4  # searches a round at least
 
 
 def bank_actor_vs_in_process(
@@ -23,7 +27,6 @@ def bank_actor_vs_in_process(
     queries: int = 256,
     neighbours: int = 16,
     threads: int = 1,
-    in_flight: int = 4,
     searches: int = 10,
     rounds: int = 5,
     seed: int = 0,
@@ -39,30 +42,14 @@ def bank_actor_vs_in_process(
         `by_id_ratio` of `search_ids`, the four rates, and the setting.
     """
     rng = np.random.default_rng(seed)
-    ids = np.arange(rows, dtype=np.int64)
-    audio, text = (unit_rows(rng.normal(size=(rows, dim))).astype(np.float16) for _ in range(2))
-    settings: dict[str, Any] = {"dim": dim, "capacity": rows, "threads": threads}
-    bank = KnowledgeBank(**settings)
-    actor = RemoteBankActor.options(num_cpus=1).remote(neighbours=neighbours, **settings)
-    chosen = [rng.choice(ids, queries, replace=False) for _ in range(searches)]
-    vectors = [audio[batch].astype(np.float32) for batch in chosen]
-    try:
-        bank.upsert(ids, audio, text, None, 0)
-        ray.get(actor.upsert.remote(ids, audio, text, None, 0))
-        free = _rates(
-            [lambda v=v: bank.search(v, neighbours, "audio") for v in vectors],
-            [lambda v=v: actor.search.remote(v, neighbours, "audio") for v in vectors],
-            in_flight,
-            rounds,
-        )
+    with _same_bank_twice(rows, dim, neighbours, threads, rng) as (bank, actor, audio):
+        chosen = [rng.choice(rows, queries, replace=False) for _ in range(searches)]
+        free = _free_rates(bank, actor, [audio[batch] for batch in chosen], neighbours, rounds)
         by_id = _rates(
             [lambda i=i: bank.search_ids(i, neighbours) for i in chosen],
             [lambda i=i: actor.search_ids.remote(i) for i in chosen],
-            in_flight,
             rounds,
         )
-    finally:
-        ray.kill(actor)
     return {
         "ratio": free[1] / free[0],
         "by_id_ratio": by_id[1] / by_id[0],
@@ -72,28 +59,83 @@ def bank_actor_vs_in_process(
     }
 
 
-def _rates(
-    here: list[Callable[[], Any]], there: list[Callable[[], Any]], in_flight: int, rounds: int
+def search_actor_vs_in_process(
+    *,
+    rows: int = 20_000,
+    dim: int = 256,
+    sizes: Sequence[int] = (256, 512, 1024, 2048, 4096),
+    queries_a_round: int = 4096,
+    neighbours: int = 16,
+    threads: int = 1,
+    rounds: int = 7,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Free queries, the same against the same rows in process and through the actor, by queries a search.
+
+    The two sides take turns in rounds of a second or so, since the machine's speed wanders within minutes. Needs an
+    initialised Ray with one free CPU.
+
+    Returns:
+        `ratio`, the smallest over the sizes, and by size the ratio and both rates in queries/s.
+    """
+    rng = np.random.default_rng(seed)
+    figure: dict[str, Any] = {}
+    with _same_bank_twice(rows, dim, neighbours, threads, rng) as (bank, actor, audio):
+        for size in sizes:
+            searches = max(SHORTEST, queries_a_round // size)
+            vectors = [audio[rng.choice(rows, size)] for _ in range(searches)]
+            here, there = _free_rates(bank, actor, vectors, neighbours, rounds)
+            figure[f"of_{size}"] = {
+                "ratio": there / here,
+                "in_process_queries_per_s": here * size,
+                "actor_queries_per_s": there * size,
+            }
+    ratio = min(of_size["ratio"] for of_size in figure.values())
+    return {"ratio": ratio, **figure, "rows": rows, "dim": dim, "neighbours": neighbours, "threads": threads}
+
+
+@contextmanager
+def _same_bank_twice(
+    rows: int, dim: int, neighbours: int, threads: int, rng: np.random.Generator
+) -> Iterator[tuple[KnowledgeBank, Any, np.ndarray]]:
+    """A bank here, an actor with the same rows, whose ids count from 0, and their audio, float32 [rows, dim]."""
+    audio, text = (unit_rows(rng.normal(size=(rows, dim))).astype(np.float16) for _ in range(2))
+    settings: dict[str, Any] = {"dim": dim, "capacity": rows, "threads": threads}
+    bank = KnowledgeBank(**settings)
+    actor = RemoteBankActor.options(num_cpus=1).remote(neighbours=neighbours, **settings)
+    try:
+        bank.upsert(np.arange(rows), audio, text, None, 0)
+        ray.get(actor.upsert.remote(np.arange(rows), audio, text, None, 0))
+        yield bank, actor, audio.astype(np.float32)
+    finally:
+        ray.kill(actor)
+
+
+def _free_rates(
+    bank: KnowledgeBank, actor: Any, vectors: Sequence[np.ndarray], neighbours: int, rounds: int
 ) -> tuple[float, float]:
+    return _rates(
+        [lambda v=v: bank.search(v, neighbours, "audio") for v in vectors],
+        [lambda v=v: actor.search.remote(v, neighbours, "audio") for v in vectors],
+        rounds,
+    )
+
+
+def _rates(here: list[Callable[[], Any]], there: list[Callable[[], Any]], rounds: int) -> tuple[float, float]:
     """Median calls/s in process and through the actor."""
-    _pipelined(there, in_flight)  # warms both sides up
-    seconds: tuple[list[float], list[float]] = ([], [])
+    pipelined(there)  # warms both sides up
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        seconds[0].append(_seconds(lambda: [call() for call in here]))
-        seconds[1].append(_seconds(lambda: _pipelined(there, in_flight)))
-    return len(here) / statistics.median(seconds[0]), len(there) / statistics.median(seconds[1])
+        times[0].append(seconds(lambda: [call() for call in here]))
+        times[1].append(seconds(lambda: pipelined(there)))
+    return len(here) / statistics.median(times[0]), len(there) / statistics.median(times[1])
 
 
-def _pipelined(calls: list[Callable[[], Any]], in_flight: int) -> None:
+def pipelined(calls: Sequence[Callable[[], Any]]) -> None:
+    """Makes remote calls, a few in flight at a time, and reads every answer."""
     outstanding: deque[Any] = deque()
     for call in calls:
-        if len(outstanding) == in_flight:
+        if len(outstanding) == IN_FLIGHT:
             ray.get(outstanding.popleft())
         outstanding.append(call())
     ray.get(list(outstanding))
-
-
-def _seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -50,9 +50,9 @@ def trainer_figures(config_file: Path, steps: int = 160, rounds: int = 2) -> dic
         for number in range(rounds):
             for name in ("plain", "knowledge"):
                 knowledge = name == "knowledge"
-                config = _config(config_file, Path(folder), f"{name}_{number}", steps * (1 + knowledge), knowledge)
+                config = bench_config(config_file, Path(folder), f"{name}_{number}", steps * (1 + knowledge), knowledge)
                 rates[name] += _trainer_rates(config)
-            rates["ddp"] += ddp_rates(_config(config_file, Path(folder), "ddp", steps, False))
+            rates["ddp"] += ddp_rates(bench_config(config_file, Path(folder), "ddp", steps, False))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "trainer_vs_ddp": {
@@ -68,8 +68,11 @@ def trainer_figures(config_file: Path, steps: int = 160, rounds: int = 2) -> dic
     }
 
 
-def _config(file: Path, folder: Path, name: str, steps: int, knowledge: bool) -> Config:
-    overrides = {
+def bench_config(
+    file: Path, folder: Path, name: str, steps: int, knowledge: bool, further: dict[str, object] | None = None
+) -> Config:
+    """A run of so many steps below `folder` that does nothing but train; `further` settings win."""
+    overrides: dict[str, object] = {
         "name": name,
         "output_dir": folder,
         "data.validation": "null",
@@ -81,18 +84,24 @@ def _config(file: Path, folder: Path, name: str, steps: int, knowledge: bool) ->
         "knowledge.start": 0.0,
         "knowledge.reliability.start": 0.0,
         "cluster.dashboard": "false",
+        **(further or {}),
     }
     return configuration.load(file, [f"{key}={value}" for key, value in overrides.items()])
 
 
 def _trainer_rates(config: Config) -> list[float]:
     run.train(config, console=Console(quiet=True))
-    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    measured = [row for row in rows if "train/samples_per_second" in row and row["step"] % WINDOW == 0][WARM_UP:]
+    measured = windows(config)
     if config.knowledge.enabled:
         # The first of them is a window that began without.
         measured = [row for row in measured if row["train/knowledge_used"] == 1.0][1:]
     return [row["train/samples_per_second"] for row in measured]
+
+
+def windows(config: Config) -> list[dict[str, float]]:
+    """The rows of a run's metrics that each stand for a whole window, without those in which it warmed up."""
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train/samples_per_second" in row and row["step"] % WINDOW == 0][WARM_UP:]
 
 
 def ddp_rates(config: Config) -> list[float]:

@@ -1,8 +1,9 @@
 """A bank under load as a set of queues, in plain arithmetic.
 
-Rows are split over S shards, each of which R replicas serve; a replica is one actor, with one lock and so one queue.
-In a step of T seconds each of W workers sends one search of m ids, to one replica of every shard, and one upsert of m
-rows, to every replica of the shards that own them. So a replica sees W/(R T) searches a second, of s seconds, and W/T
+Rows are split over S shards, each of which R actors serve: a primary, which takes the writes, and replicas, which
+follow it. An actor has one lock and so one queue. In a step of T seconds each of W workers sends one search of m ids,
+which visits one actor of every shard (three times, if there are several), and one upsert of m rows, to the primaries of
+the shards that own them. So a primary, the busiest of its shard, sees W/(R T) searches a second, of s seconds, and W/T
 upserts, of u seconds; once a generation the refiner holds its lock, for h seconds in G.
 
     busy = W s / (R T) + W u / T + h / G
@@ -10,10 +11,11 @@ upserts, of u seconds; once a generation the refiner holds its lock, for h secon
 Two ways of arriving bound the wait, and the later answer of the two counts:
 
 - Workers out of step: Poisson arrivals, M/G/1. The mean wait is Pollaczek and Khinchine's,
-  w = sum(rate seconds^2) / (2 (1 - busy)) (Kleinrock, Queueing Systems I, 1975, eq. 5.62), its tail that of Kingman's
-  heavy-traffic limit, P(wait > t) = busy exp(-busy t / w), exact for M/M/1 (Kleinrock II, 1976, section 2.1). An answer
-  is as late as the slowest of its S shards, taken to be independent.
-- Workers in lockstep, as a gradient's all-reduce makes them: all of a step's calls arrive at once, and a replica takes
+  w = sum(rate seconds^2) / (2 (1 - busy)) (Kleinrock, Queueing Systems I, 1975, chapter 5), its tail that of Kingman's
+  heavy-traffic limit, P(wait > t) = busy exp(-busy t / w), exact for M/M/1 (Kleinrock II, 1976, chapter 2). An answer
+  is as late as the slowest of its S shards at each of its V visits; an upper bound takes each of the S V waits to be
+  independent and to have a Vth of the time.
+- Workers in lockstep, as a gradient's all-reduce makes them: all of a step's calls arrive at once, and a primary takes
   W u + (W / R) s seconds until the last search is answered.
 
 An answer is late if it is not there when its step begins, T after it was asked for. While the refiner holds the lock,
@@ -35,7 +37,8 @@ QUANTILE = 0.99
 SHARDS = tuple(2**power for power in range(11))
 REPLICAS = tuple(2**power for power in range(9))
 ROW_EXTRA = 20  # bytes of id, age and reliability that travel with a row
-ID_BYTES = 8
+SCORE_BYTES = 12  # of a neighbour that a shard offers: score and id
+VISITS = 3  # own rows, nearest, chosen: see ask_dist/bank/shard.py
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Layout:
-    """An index over shards times replicas."""
+    """An index over shards, each of `replicas` actors, its primary among them."""
 
     index: str
     shards: int
@@ -91,17 +94,21 @@ class Layout:
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds and bytes of single calls at one replica.
+    """Seconds and bytes of one worker's step at one primary.
 
     Attributes:
-        search, upsert: seconds that a worker's call of a step keeps a replica busy.
-        answer, rows_sent: bytes of a shard's answer, and of the rows that a worker sends to one replica.
+        search, upsert: seconds that a search, in all its visits, and an upsert keep it busy.
+        visits: of a search to each shard, one after the other.
+        answer, exchanged, rows_sent: bytes of its part of an answer, of what it is told by the other shards for that,
+            and of the upsert's rows.
         hold, generation: seconds that the refiner holds the lock, and between two such times.
     """
 
     search: float
     upsert: float
+    visits: int
     answer: float
+    exchanged: float
     rows_sent: float
     hold: float
     generation: float
@@ -113,11 +120,12 @@ class Outcome:
     bytes a second.
 
     Attributes:
-        busy: share of time that a replica works; `busy_with` is what most of it goes to.
+        busy: share of time that a primary works; `busy_with` is what most of it goes to.
         answer_mean, answer_p99: workers out of step. lockstep_p99: workers in step.
         late_share: of the answers, in the worse case of the two.
         memory_shard, memory_all: of one actor and of all.
-        network_bank, network_worker: out of or into one of them, whichever is more. network_all: the sum of all calls.
+        network_bank: of a primary, in and out together. network_worker: of a worker, the greater of the two.
+        network_all: what travels in all.
         generation: seconds between two corrections of a row by the refiner.
         problems: why it does not hold; empty if it does.
     """
@@ -139,26 +147,31 @@ class Outcome:
 
 
 def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) -> Work:
-    """What single calls cost at one replica."""
-    rows, scale = load.rows / layout.shards, load.dim / constants.dim
-    index = layout.index
+    """What one worker's step costs at one primary."""
+    shards, index = layout.shards, layout.index
+    rows, scale, width = load.rows / shards, load.dim / constants.dim, 4 * load.dim + ROW_EXTRA
     queries = 2 * load.batch
-    found = min(queries * load.neighbours, rows)  # every shard answers with the nearest of its own
-    answer = found * (4 * load.dim + ROW_EXTRA) + load.batch / layout.shards * (4 * load.dim + ROW_EXTRA)
-    search = queries * constants.query_seconds(index, rows, load.dim, gpu) / load.threads
-    sent = load.batch / layout.shards
-    touched = 1.0 - (1.0 - 1.0 / layout.shards) ** load.batch  # chance that a shard owns any row of a batch
-    generation, hold = math.inf, 0.0
+    found = min(queries * load.neighbours, load.rows)
+    answer = (found + load.batch) / shards * width
+    visits, exchanged = (1, 0.0) if shards == 1 else (VISITS, load.batch * width + shards * found * SCORE_BYTES)
+    own = load.batch / shards
+    touched = 1.0 - (1.0 - 1.0 / shards) ** load.batch  # chance that a shard owns any row of a batch
+    hold, generation = 0.0, math.inf
     if load.strategy != "none":
-        generation = max(load.interval, load.rows * constants.refine[load.strategy] * scale / load.cpu_share)
         hold = rows * (constants.snapshot + constants.commit) * scale
+        generation = max(hold, load.interval, load.rows * constants.refine[load.strategy] * scale / load.cpu_share)
+    followed = (layout.replicas - 1) * constants.snapshot  # each replica is given a copy of what was written
     return Work(
-        search=constants.call + search + answer * constants.byte,
-        upsert=touched * constants.call + sent * constants.upsert[index] * scale,
+        search=visits * constants.call
+        + queries * constants.query_seconds(index, rows, load.dim, gpu) / load.threads
+        + (answer + exchanged / shards) * constants.byte,
+        upsert=touched * constants.call + own * (constants.upsert[index] + followed) * scale,
+        visits=visits,
         answer=answer,
-        rows_sent=sent * (4 * load.dim + ROW_EXTRA),
+        exchanged=exchanged,
+        rows_sent=own * width,
         hold=hold,
-        generation=max(generation, hold),
+        generation=generation,
     )
 
 
@@ -174,11 +187,11 @@ def tail(busy: float, wait: float, seconds: float) -> float:
     return busy * math.exp(-busy * seconds / wait) if wait else 0.0
 
 
-def wait_quantile(busy: float, wait: float, quantile: float, shards: int = 1) -> float:
-    """The wait that the slowest of `shards` independent servers exceeds with probability 1 - quantile."""
+def wait_quantile(busy: float, wait: float, quantile: float, servers: int = 1) -> float:
+    """The wait that the slowest of independent servers exceeds with probability 1 - quantile."""
     if busy >= 1.0:
         return math.inf
-    one = 1.0 - quantile ** (1.0 / shards)
+    one = 1.0 - quantile ** (1.0 / servers)
     return wait / busy * math.log(busy / one) if busy > one else 0.0
 
 
@@ -194,30 +207,32 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
     }
     busy = sum(shares.values())
     wait = mean_wait([(searches, part.search), (upserts, part.upsert)], busy)
-    travel = constants.round_trip + shards * part.answer / node.network
+    travel = part.visits * constants.round_trip + shards * part.answer / node.network
     allowed = step - travel
     burst = load.workers / layout.replicas * part.search
     drained = load.workers * part.upsert + burst
-    lockstep = load.workers * part.upsert + QUANTILE * burst if busy < 1.0 else math.inf
-    late = 1.0
+    waits = shards * part.visits
+    late, lockstep = 1.0, math.inf
     if busy < 1.0:
-        alone = 1.0 - (1.0 - tail(busy, wait, allowed - part.search)) ** shards
+        lockstep = load.workers * part.upsert + QUANTILE * burst
+        alone = 1.0 - (1.0 - tail(busy, wait, (allowed - part.search) / part.visits)) ** waits
         together = min(1.0, max(0.0, drained - allowed) / burst)
         held = [max(0.0, part.hold + base - allowed) / part.generation for base in (part.search, drained)]
         late = min(1.0, max(alone + held[0], together + held[1]))
+    slowest = part.visits * wait_quantile(busy, wait, QUANTILE, waits)
     outcome = Outcome(
         layout=layout,
         busy=busy,
         busy_with=max(shares, key=shares.__getitem__),  # type: ignore[arg-type]
-        answer_mean=wait + part.search + travel,
-        answer_p99=wait_quantile(busy, wait, QUANTILE, shards) + part.search + travel,
+        answer_mean=part.visits * wait + part.search + travel,
+        answer_p99=slowest + part.search + travel,
         lockstep_p99=lockstep + travel,
         late_share=late,
         memory_shard=load.rows / shards * constants.bytes_a_row(layout.index, load.precision, load.dim),
         memory_all=load.rows * layout.replicas * constants.bytes_a_row(layout.index, load.precision, load.dim),
-        network_bank=max(searches * part.answer, upserts * part.rows_sent),
-        network_worker=shards * max(part.answer, layout.replicas * part.rows_sent) / step,
-        network_all=load.workers / step * shards * (part.answer + layout.replicas * part.rows_sent),
+        network_bank=searches * (part.answer + part.exchanged) + upserts * layout.replicas * part.rows_sent,
+        network_worker=shards * max(part.answer, part.rows_sent) / step,
+        network_all=load.workers / step * shards * (part.answer + part.exchanged + layout.replicas * part.rows_sent),
         generation=part.generation,
     )
     return replace(outcome, problems=tuple(_problems(outcome, node)))

@@ -1,0 +1,158 @@
+"""The constants of the queueing model behind `ask-dist plan`, measured here: `ask_dist.plan.constants.Constants`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import numpy as np
+import ray
+import torch
+from scipy.optimize import nnls
+
+from ask_dist import config as configuration
+from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit
+from ask_dist.bench.bank import pipelined
+from ask_dist.bench.machine import machine
+from ask_dist.bench.process import alone, seconds
+from ask_dist.bench.rows import bytes_a_row, clustered, filled_bank
+from ask_dist.plan.constants import GPU, Constants, growth_of
+from ask_dist.refine.refiner import STRATEGIES, Refiner, generation
+
+INDEXES: tuple[str, ...] = get_args(configuration.Bank.model_fields["index"].annotation)
+PRECISIONS: tuple[str, ...] = get_args(configuration.Bank.model_fields["dtype"].annotation)
+ROUNDS = 5
+LEVELS = configuration.Bank.model_fields["prototypes"].default
+OBJECT_BYTES = 32 * 2**20
+LATER = 100  # global steps between two visits of a row
+
+
+def planner_constants(
+    *,
+    dim: int = 256,
+    batch: int = 16,
+    neighbours: int = 16,
+    sizes: Sequence[int] = (10_000, 40_000, 160_000),
+    refined: int = 20_000,
+    memory_rows: int = 100_000,
+    memory_dims: Sequence[int] = (128, 512),
+    calls: int = 500,
+) -> dict[str, Any]:
+    """Every constant with one thread, medians of a few rounds each. Needs an initialised Ray with one free CPU.
+
+    Search and upsert take batches of 2 x `batch` and `batch` rows, as a worker sends them. Bytes a row are those of a
+    process of its own, at its peak, so with what training inverted files takes.
+
+    Args:
+        dim, batch, neighbours: of the searches. sizes: rows of the banks that are searched. refined: rows of the bank
+            that the refiner is measured with. memory_rows, memory_dims: of the banks whose memory is measured.
+        calls: to the actor.
+    """
+    gpu = GPU if torch.cuda.is_available() else ""
+    search, upsert = {}, {}
+    for index in INDEXES:
+        times = [_search_and_upsert(index, rows, dim, batch, neighbours) for rows in sizes]
+        search[index + gpu] = line([growth_of(index, rows) for rows in sizes], [each for each, _ in times])
+        upsert[index] = times[-1][1]
+    snapshot, commit, refine = _refiner(dim, refined)
+    constants = Constants(
+        measured=f"One thread, rows {dim} wide, banks of {min(sizes)} to {max(sizes)} rows.",
+        machine=machine(),
+        dim=dim,
+        neighbours=neighbours,
+        search=search,  # type: ignore[arg-type]
+        upsert=upsert,
+        snapshot=snapshot,
+        commit=commit,
+        refine=refine,
+        memory={index: _memory(index, memory_rows, memory_dims) for index in INDEXES},  # type: ignore[arg-type]
+        **_transport(calls, batch, neighbours, dim),
+    )
+    return constants.model_dump(mode="json")
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """The fixed and growing part, neither negative, of what is nearest to y by relative error."""
+    values = np.array(y)
+    parts, _ = nnls(np.stack([1.0 / values, np.array(x) / values], axis=1), np.ones(len(values)))
+    return {"fixed": float(parts[0]), "growth": float(parts[1])}
+
+
+def _search_and_upsert(index: str, rows: int, dim: int, batch: int, neighbours: int) -> tuple[float, float]:
+    """Seconds of a query against one modality, and of a row's upsert."""
+    bank = filled_bank(index, "float16", rows, dim)
+    rng = np.random.default_rng(0)
+    searches, upserts = [], []
+    for step in range(1 + ROUNDS):  # the first warms up
+        ids = rng.choice(rows, batch, replace=False)
+        searches.append(seconds(lambda ids=ids: bank.search_ids(ids, neighbours)) / (2 * batch))
+        (_, audio, text), *_ = clustered(batch, dim, seed=step + 1)
+        upserts.append(seconds(lambda ids=ids, rows=(audio, text): bank.upsert(ids, *rows, None, LATER)) / batch)
+    return statistics.median(searches[1:]), statistics.median(upserts[1:])
+
+
+def _refiner(dim: int, rows: int) -> tuple[float, float, dict[str, float]]:
+    """Seconds a row of a snapshot, of a commit, and of a generation of each strategy but "none"."""
+    bank = filled_bank("flat", "float16", rows, dim)
+    first = bank.snapshot()
+    renewed = np.arange(rows // 4)
+    (_, *halves), *_ = clustered(len(renewed), dim, seed=1)
+    moved = [
+        getattr(first, name)[renewed] * 0.9 + 0.1 * half for name, half in zip(("audio", "text"), halves, strict=True)
+    ]
+    bank.upsert(renewed, *moved, None, LATER)
+    now = bank.snapshot()
+    refine = {}
+    for strategy in (name for name in STRATEGIES if name != "none"):
+        refiner = Refiner(strategy)
+        refiner.refine(first)
+        refine[strategy] = seconds(lambda refiner=refiner: generation(refiner, now, LEVELS, 0)) / rows
+    snapshot = statistics.median(seconds(bank.snapshot) for _ in range(ROUNDS)) / rows
+    times = []
+    for _ in range(ROUNDS):
+        now = bank.snapshot()
+        commit = Commit(now.ids, now.audio, now.text, now.version, LATER)
+        times.append(seconds(lambda commit=commit: bank.commit(commit)) / rows)
+    return snapshot, statistics.median(times), refine
+
+
+def _memory(index: str, rows: int, dims: Sequence[int]) -> dict[str, dict[str, float]]:
+    """By precision, peak bytes a row as they grow with the width."""
+    return {
+        precision: line(
+            dims,
+            [alone(bytes_a_row, index=index, precision=precision, rows=rows, dim=dim) for dim in dims],
+        )
+        for precision in PRECISIONS
+    }
+
+
+def _transport(calls: int, batch: int, neighbours: int, dim: int) -> dict[str, float]:
+    """What Ray takes: seconds of the actor for a search among many and of a lone one, beyond the search itself, in a
+    bank that has nothing to search; and to store a byte."""
+    rows = 2 * batch
+    ids, (_, audio, text) = np.arange(batch), next(clustered(rows, dim))
+    settings: dict[str, Any] = {"dim": dim, "capacity": rows}
+    bank, actor = (
+        KnowledgeBank(**settings),
+        RemoteBankActor.options(num_cpus=1).remote(neighbours=neighbours, **settings),
+    )
+    try:
+        bank.upsert(np.arange(rows), audio, text, None, 0)
+        ray.get(actor.upsert.remote(np.arange(rows), audio, text, None, 0))
+        here = statistics.median(seconds(lambda: bank.search_ids(ids, neighbours)) for _ in range(1 + calls // 5))
+        pipelined([lambda: actor.search_ids.remote(ids)] * (1 + calls // 10))
+        among_many = seconds(lambda: pipelined([lambda: actor.search_ids.remote(ids)] * calls)) / calls
+        lone = statistics.median(seconds(lambda: ray.get(actor.search_ids.remote(ids))) for _ in range(1 + calls // 5))
+    finally:
+        ray.kill(actor)
+    array = np.ones(OBJECT_BYTES // 4, np.float32)
+    stored = statistics.median(seconds(lambda: ray.get(ray.put(array))) for _ in range(ROUNDS))
+    return {
+        "call": max(0.0, among_many - here),
+        "round_trip": max(0.0, lone - here),
+        "byte": stored / OBJECT_BYTES,
+    }

@@ -1,0 +1,127 @@
+"""Many simulated workers on this machine against what the queueing model says of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+
+from ask_dist.bench.bank import pipelined
+from ask_dist.bench.latency import filled_actor, together
+from ask_dist.bench.process import seconds
+from ask_dist.bench.rows import clustered
+from ask_dist.plan.constants import Constants
+from ask_dist.plan.model import Layout, Load, Node, predict, work
+
+ONE = Layout("flat", 1, 1)
+HERE = Node(memory=2**40, network=10e9)  # caller and bank share a machine: nothing travels
+START_SECONDS = 0.5  # until all threads are there
+
+
+def plan_vs_simulated_workers(
+    constants: Constants,
+    *,
+    rows: int = 4_000,
+    dim: int = 256,
+    batch: int = 16,
+    neighbours: int = 16,
+    step_seconds: float = 2.0,
+    steps: int = 8,
+    shares: Sequence[float] = (0.3, 0.6, 0.8, 1.3),
+    lockstep_share: float = 0.6,
+) -> dict[str, Any]:
+    """Simulated workers against `ask-dist plan`'s model of one exact bank.
+
+    A worker is a thread that sends its rows, asks for the next batch, and rests until a step's time is over; an answer
+    that is not there by then is late, and waited for, so that a worker never has two under way. As many workers are
+    taken as should keep the bank busy for each of `shares`; over 1 it can't keep up. Their steps begin at random times,
+    and once, for `lockstep_share`, all at the same.
+
+    Returns:
+        `ratio` of the worker steps a second that the bank can serve to those that the model says; both; and by share
+        the number of workers, the late share and the mean and p99 wait of the answers, measured and as predicted.
+    """
+    load = Load(
+        workers=1,
+        rows=rows,
+        step_seconds=step_seconds,
+        batch=batch,
+        dim=dim,
+        neighbours=neighbours,
+        precision="float16",
+        threads=1,
+        strategy="none",
+        interval=1.0,
+        cpu_share=1.0,
+    )
+    part = work(load, ONE, constants)
+    capacity = 1.0 / (part.search + part.upsert)
+    figure: dict[str, Any] = {}
+    with filled_actor(rows, dim, neighbours) as bank:
+        served = _saturated(bank, rows, dim, batch, steps_a_second=capacity, spent=steps * step_seconds)
+        for share in shares:
+            workers = max(1, round(share * capacity * step_seconds))
+            expected = predict(replace(load, workers=workers), ONE, constants, HERE)
+            figure[f"busy_{share:g}"] = _simulated(bank, replace(load, workers=workers), steps, lockstep=False) | {
+                "predicted_busy": expected.busy,
+                "predicted_late_share": expected.late_share,
+                "predicted_mean_seconds": expected.answer_mean,
+                "predicted_p99_seconds": expected.answer_p99,
+            }
+        workers = max(1, round(lockstep_share * capacity * step_seconds))
+        expected = predict(replace(load, workers=workers), ONE, constants, HERE)
+        figure["lockstep"] = _simulated(bank, replace(load, workers=workers), steps, lockstep=True) | {
+            "predicted_busy": expected.busy,
+            "predicted_p99_seconds": expected.lockstep_p99,
+        }
+    return {
+        "ratio": served / capacity,
+        "served_steps_per_s": served,
+        "predicted_steps_per_s": capacity,
+        **{"rows": rows, "dim": dim, "batch": batch, "step_seconds": step_seconds},
+        **figure,
+    }
+
+
+def _saturated(bank: Any, rows: int, dim: int, batch: int, steps_a_second: float, spent: float) -> float:
+    """Worker steps a second, a search and an upsert each, that the bank serves when it never has to wait for one."""
+    rng = np.random.default_rng(0)
+    (_, audio, text), *_ = clustered(batch, dim)
+    calls: list[Callable[[], Any]] = []
+    for _ in range(max(4, int(steps_a_second * spent))):
+        ids = rng.choice(rows, batch, replace=False)
+        calls.append(lambda ids=ids: bank.search_ids.remote(ids))
+        calls.append(lambda ids=ids: bank.upsert.remote(ids, audio, text, None, 1))
+    return len(calls) / 2 / seconds(lambda: pipelined(calls))
+
+
+def _simulated(bank: Any, load: Load, steps: int, *, lockstep: bool) -> dict[str, float]:
+    """Workers, and of their answers the late share and the mean and p99 seconds. First steps don't count: others have
+    not begun."""
+    (_, audio, text), *_ = clustered(load.batch, load.dim)
+    begin = time.monotonic() + START_SECONDS
+    waits: list[float] = []
+
+    def worker(number: int) -> None:
+        rng = np.random.default_rng(number)
+        start = begin + (0.0 if lockstep else rng.uniform(0.0, load.step_seconds))
+        for step in range(1 + steps):
+            time.sleep(max(0.0, start - time.monotonic()))
+            ids = rng.choice(load.rows, load.batch, replace=False)
+            bank.upsert.remote(ids, audio, text, None, step)
+            wait = seconds(lambda ids=ids: ray.get(bank.search_ids.remote(ids)))
+            start = max(start + load.step_seconds, time.monotonic())
+            if step > 0:
+                waits.append(wait)
+
+    together([lambda number=number: worker(number) for number in range(load.workers)])
+    return {
+        "workers": load.workers,
+        "late_share": float(np.mean(np.array(waits) > load.step_seconds)),
+        "mean_seconds": float(np.mean(waits)),
+        "p99_seconds": float(np.quantile(waits, 0.99)),
+    }
