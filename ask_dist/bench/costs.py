@@ -36,7 +36,7 @@ def planner_constants(
     batch: int = 16,
     neighbours: int = 16,
     sizes: Sequence[int] = (10_000, 40_000, 160_000),
-    refined: int = 20_000,
+    refined: Sequence[int] = (5_000, 20_000),
     memory_rows: int = 100_000,
     memory_dims: Sequence[int] = (128, 512),
     calls: int = 500,
@@ -47,9 +47,8 @@ def planner_constants(
     process of its own, at its peak, so with what training inverted files takes.
 
     Args:
-        dim, batch, neighbours: of the searches. sizes: rows of the banks that are searched. refined: rows of the bank
-            that the refiner is measured with. memory_rows, memory_dims: of the banks whose memory is measured.
-        calls: to the actor.
+        dim, batch, neighbours: of the searches. sizes: rows of the banks that are searched. refined: of those that the
+            refiner corrects. memory_rows, memory_dims: of the banks whose memory is measured. calls: to the actor.
     """
     gpu = GPU if torch.cuda.is_available() else ""
     search, upsert = {}, {}
@@ -57,7 +56,8 @@ def planner_constants(
         times = [_search_and_upsert(index, rows, dim, batch, neighbours) for rows in sizes]
         search[index + gpu] = line([growth_of(index, rows) for rows in sizes], [each for each, _ in times])
         upsert[index] = times[-1][1]
-    snapshot, commit, refine = _refiner(dim, refined)
+    generations = [_generations(dim, rows) for rows in refined]
+    snapshot, commit = _held(dim, max(refined))
     constants = Constants(
         measured=f"One thread, rows {dim} wide, banks of {min(sizes)} to {max(sizes)} rows.",
         machine=machine(),
@@ -67,7 +67,7 @@ def planner_constants(
         upsert=upsert,
         snapshot=snapshot,
         commit=commit,
-        refine=refine,
+        refine={name: line(refined, [times[name] for times in generations]) for name in generations[0]},  # type: ignore[arg-type]
         memory={index: _memory(index, memory_rows, memory_dims) for index in INDEXES},  # type: ignore[arg-type]
         **_transport(calls, batch, neighbours, dim),
     )
@@ -94,29 +94,34 @@ def _search_and_upsert(index: str, rows: int, dim: int, batch: int, neighbours: 
     return statistics.median(searches[1:]), statistics.median(upserts[1:])
 
 
-def _refiner(dim: int, rows: int) -> tuple[float, float, dict[str, float]]:
-    """Seconds a row of a snapshot, of a commit, and of a generation of each strategy but "none"."""
+def _generations(dim: int, rows: int) -> dict[str, float]:
+    """Seconds of a generation with prototypes, by strategy, when a quarter of the rows was re-encoded."""
     bank = filled_bank("flat", "float16", rows, dim)
     first = bank.snapshot()
     renewed = np.arange(rows // 4)
-    (_, *halves), *_ = clustered(len(renewed), dim, seed=1)
-    moved = [
-        getattr(first, name)[renewed] * 0.9 + 0.1 * half for name, half in zip(("audio", "text"), halves, strict=True)
-    ]
+    moved = []
+    for name in ("audio", "text"):
+        noise = np.random.default_rng(len(name)).standard_normal((len(renewed), dim)).astype(np.float16)
+        moved.append(getattr(first, name)[renewed] + np.float16(0.1 / dim**0.5) * noise)
     bank.upsert(renewed, *moved, None, LATER)
-    now = bank.snapshot()
-    refine = {}
+    now, taken = bank.snapshot(), {}
     for strategy in (name for name in STRATEGIES if name != "none"):
         refiner = Refiner(strategy)
         refiner.refine(first)
-        refine[strategy] = seconds(lambda refiner=refiner: generation(refiner, now, LEVELS, 0)) / rows
-    snapshot = statistics.median(seconds(bank.snapshot) for _ in range(ROUNDS)) / rows
-    times = []
+        taken[strategy] = seconds(lambda refiner=refiner: generation(refiner, now, LEVELS, 0))
+    return taken
+
+
+def _held(dim: int, rows: int) -> tuple[float, float]:
+    """Seconds a row of a snapshot, and of a commit of all rows."""
+    bank = filled_bank("flat", "float16", rows, dim)
+    snapshots, commits = [], []
     for _ in range(ROUNDS):
+        snapshots.append(seconds(bank.snapshot) / rows)
         now = bank.snapshot()
         commit = Commit(now.ids, now.audio, now.text, now.version, LATER)
-        times.append(seconds(lambda commit=commit: bank.commit(commit)) / rows)
-    return snapshot, statistics.median(times), refine
+        commits.append(seconds(lambda commit=commit: bank.commit(commit)) / rows)
+    return statistics.median(snapshots), statistics.median(commits)
 
 
 def _memory(index: str, rows: int, dims: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -93,7 +93,7 @@ MEASUREMENTS = (
         {constants.FIGURE: None},
         "costs:planner_constants",
         small={
-            **{"dim": 32, "sizes": (1000, 4000), "refined": 1000, "calls": 20},
+            **{"dim": 32, "sizes": (1000, 4000), "refined": (500, 1000), "calls": 20},
             **{"memory_rows": 4000, "memory_dims": (16, 64)},
         },
         inside_ray=True,
@@ -210,7 +210,9 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command()(main)
     try:
-        typer.run(main)
+        application()
     except InputError as error:
         raise SystemExit(f"error: {error}") from None

@@ -41,7 +41,8 @@ def knowledge_step_100k(
 
     Args:
         config_file: the run; its test split is trained on.
-        rows, index: that the bank is filled with, and its kind. steps, plain_steps: of the run with knowledge, and of each without.
+        rows, index: that the bank is filled with, and its kind.
+        steps, plain_steps: of the run with knowledge, and of each without.
         workers: of each run, a core each.
 
     Returns:

@@ -48,7 +48,7 @@ class Constants(Section):
             of the rows of inverted files, since both the lists and the rows in one grow like it.
         upsert: by index, seconds a row and upsert, in both modalities.
         snapshot, commit: seconds a row that the bank's lock is held while the refiner copies it or writes it back.
-        refine: by strategy, seconds a row and generation on the refiner's core, prototypes included.
+        refine: by strategy, seconds of a generation on the refiner's core, prototypes included; x is the bank's rows.
         call: seconds that a call keeps the actor busy beyond its work. round_trip: of one call that does nothing.
         byte: seconds to put a byte into Ray's object store.
         memory: by index and precision, peak bytes a row of the bank's process; x is `model.embedding_dim`.
@@ -62,7 +62,7 @@ class Constants(Section):
     upsert: dict[str, Seconds]
     snapshot: Seconds
     commit: Seconds
-    refine: dict[str, Seconds]
+    refine: dict[str, Line]
     call: Seconds
     round_trip: Seconds
     byte: Seconds

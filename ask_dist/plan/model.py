@@ -159,7 +159,7 @@ def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) ->
     hold, generation = 0.0, math.inf
     if load.strategy != "none":
         hold = rows * (constants.snapshot + constants.commit) * scale
-        generation = max(hold, load.interval, load.rows * constants.refine[load.strategy] * scale / load.cpu_share)
+        generation = max(hold, load.interval, constants.refine[load.strategy].at(load.rows) * scale / load.cpu_share)
     followed = (layout.replicas - 1) * constants.snapshot  # each replica is given a copy of what was written
     return Work(
         search=visits * constants.call
