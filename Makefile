@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench requirements clean
+.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench bench-bank requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -62,6 +62,9 @@ lint: $(INSTALLED)  ## ruff, and mypy on the modules without Ray
 
 bench: corpus  ## runs/bench/bench.json: trainer, loader, bank and knowledge step against their yardsticks
 	$(BIN)/python -m ask_dist.bench
+
+bench-bank: corpus  ## runs/bench/bank.json: the bank and the refiner as a service, and the constants of `ask-dist plan`
+	$(BIN)/python -m ask_dist.bench.service
 
 requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 --all-extras \

@@ -17,13 +17,14 @@ MODULES = {
 }
 ONLY_IN = {"deepspeed": "train.engine", "faiss": "bank.index", "torch_geometric": "refine.gnn"}
 NO_RAY = {
-    "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate"],
+    "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate", "plan"],
     "bank.": ["messages", "memory", "index", "prototypes", "store", "shard", "local"],
     "refine.": ["graph", "gnn", "strategies", "refiner"],
     "train.": ["engine", "checkpoint", "tracking", "progress"],
     "ablation.": ["space", "inputs", "knowledge", "trial", "probes", "statistics", "analysis", "plots", "report"],
 }
 NEVER_IMPORT = {
+    "plan": "ablation train tune cli cluster evaluate bank refine losses models data bench",
     "losses": "ablation train tune cli cluster evaluate bank refine data models",
     "models": "ablation train tune cli cluster evaluate bank refine data losses",
     "data": "ablation train tune cli cluster evaluate bank refine losses models",

@@ -1,4 +1,4 @@
-"""`python -m ask_dist.bench.service`: the bank and the refiner as a service, into runs/bench/bank.json.
+"""`python -m ask_dist.bench.service`: the bank and the refiner as a service, into runs/bench/bank.json and bank.md.
 
     python -m ask_dist.bench.service --only million_rows    # one measurement, by any of its figures; the others stay
     python -m ask_dist.bench.service --small                # does everything run? its numbers mean nothing
@@ -25,6 +25,7 @@ from rich.table import Table
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically
 from ask_dist.plan import constants
+from ask_dist.plan.command import markdown_table
 
 CONFIG = Path("configs/quickstart.yaml")
 OUTPUT = constants.MEASURED
@@ -173,6 +174,30 @@ def _measured(measurement: Measurement, output: Path, config: Path, sizes: dict[
     return found if len(measurement.figures) > 1 else dict.fromkeys(measurement.figures, found)
 
 
+def markdown(figures: Figures) -> str:
+    """The figures that have a ratio, and the model of `ask-dist plan` against simulated workers, as two tables."""
+    rows = [
+        [f"`{name}`", str(parts.get("goal", "")), f"{parts['ratio']:.3f}", str(parts["machine"]["commit"])]
+        for name, parts in figures.items()
+        if "ratio" in parts
+    ]
+    compared = [
+        [
+            f"{name}, {setting['workers']} workers",
+            *(_pair(setting, key) for key in ("busy", "late_share", "mean_seconds", "p99_seconds")),
+        ]
+        for name, setting in figures.get("plan_vs_simulated_workers", {}).items()
+        if isinstance(setting, dict) and "workers" in setting
+    ]
+    names = ["measured / predicted", "busy", "late share", "mean wait, s", "p99 wait, s"]
+    return f"{markdown_table(['figure', 'goal', 'ratio', 'commit'], rows)}\n{markdown_table(names, compared)}"
+
+
+def _pair(setting: dict[str, Any], key: str) -> str:
+    measured, predicted = (setting.get(name) for name in (key, f"predicted_{key}"))
+    return " / ".join("-" if value is None else f"{value:.3g}" for value in (measured, predicted))
+
+
 @contextmanager
 def _ray() -> Iterator[None]:
     import ray
@@ -196,7 +221,9 @@ def _whole(parts: dict[str, Any], goal: Goal | None, taken: float) -> dict[str, 
 
 
 def _keep(output: Path, figures: Figures) -> None:
-    write_atomically(output, json.dumps(_read(output) | figures, indent=1).encode())
+    figures = _read(output) | figures
+    write_atomically(output, json.dumps(figures, indent=1).encode())
+    write_atomically(output.with_suffix(".md"), markdown(figures).encode())
 
 
 def _read(output: Path) -> Figures:

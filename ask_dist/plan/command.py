@@ -16,7 +16,7 @@ from rich.table import Table
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically, writing
-from ask_dist.plan.constants import Constants
+from ask_dist.plan.constants import GPU, Constants, growth_of
 from ask_dist.plan.model import Load, Node, Outcome, breaking_point, recommend, smallest
 
 STYLE: dict[Any, Any] = {
@@ -26,6 +26,7 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.color": "#dddddd",
 }
+SHOWN_ROWS = (10**4, 10**6)
 Cell = Callable[["Planned"], str]
 
 
@@ -150,7 +151,9 @@ def plan(
             {"constants": constants.model_dump(mode="json"), "plans": [_plain(one) for one in shown]}, indent=1
         ).encode(),
         plot: lambda: picture(found),
-        markdown: lambda: f"{_markdown(shown, COLUMNS)}\n{_markdown(shown, WHERE_IT_BREAKS)}".encode(),
+        markdown: lambda: "\n".join(
+            [_markdown(shown, COLUMNS), _markdown(shown, WHERE_IT_BREAKS), constants_markdown(constants)]
+        ).encode(),
     }
     for path, content in files.items():
         if path is not None:
@@ -191,8 +194,39 @@ def _print(found: Sequence[Planned], columns: dict[str, Cell], title: str, conso
 
 
 def _markdown(found: Sequence[Planned], columns: dict[str, Cell]) -> str:
-    lines = [[name.strip() for name in columns], ["---"] * len(columns)]
-    lines += [[cell(one) for cell in columns.values()] for one in found]
+    return markdown_table([*columns], [[cell(one) for cell in columns.values()] for one in found])
+
+
+def constants_markdown(constants: Constants) -> str:
+    """The constants as a table, in microseconds and bytes."""
+    rows = [
+        ["a call: the actor's time, and a lone one's", f"{constants.call * 1e6:.0f}, {constants.round_trip * 1e6:.0f}"],
+        ["a MB into the object store", f"{constants.byte * 1e12:.0f}"],
+        [
+            "a row of the refiner's snapshot, of its commit",
+            f"{constants.snapshot * 1e6:.2f}, {constants.commit * 1e6:.2f}",
+        ],
+    ]
+    for index, line in constants.search.items():
+        for size in SHOWN_ROWS:
+            taken = line.at(growth_of(index.removesuffix(GPU), size)) * 1e6
+            rows.append([f"a query against one modality of {size:.0e} rows, {index}", f"{taken:.0f}"])
+    rows += [[f"an upsert's row, {index}", f"{each * 1e6:.1f}"] for index, each in constants.upsert.items()]
+    rows += [
+        [f"a generation of the refiner, {name}", f"{line.fixed * 1e6:.0f} + {line.growth * 1e6:.1f} a row"]
+        for name, line in constants.refine.items()
+    ]
+    rows += [
+        [f"bytes of a row, {index}, {precision}", f"{line.fixed:.0f} + {line.growth:.1f} a value"]
+        for index, lines in constants.memory.items()
+        for precision, line in lines.items()
+    ]
+    return markdown_table([f"constant, rows {constants.dim} wide", "microseconds, bytes"], rows)
+
+
+def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Names above rows of cells."""
+    lines = [[name.strip() for name in names], ["---"] * len(names), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

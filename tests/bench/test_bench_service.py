@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ask_dist.bench.service import MEASUREMENTS, NAMES, Goal, table
+from ask_dist.bench.service import MEASUREMENTS, NAMES, Goal, markdown, table
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip
 from ask_dist.plan.constants import SHIPPED, Constants, load
@@ -76,7 +76,8 @@ def test_simulated_workers_are_set_beside_the_model(local_ray):
 @pytest.mark.multiprocess
 def test_the_command_writes_what_it_measured_and_leaves_the_rest(tmp_path):
     output = tmp_path / "bank.json"
-    output.write_text(json.dumps({"search_p99_under_upserts": {"ratio": 1.5, "goal": "at most 2", "met": True}}))
+    older = {"ratio": 1.5, "goal": "at most 2", "met": True, "machine": {"commit": "0a1b2c3"}}
+    output.write_text(json.dumps({"search_p99_under_upserts": older}))
     done = service("--small", "--only", "inverted_vs_exact", "--output", output)
     assert done.returncode == 0, done.stderr
     figures = json.loads(output.read_text())
@@ -88,7 +89,8 @@ def test_the_command_writes_what_it_measured_and_leaves_the_rest(tmp_path):
     assert inverted["met"] is (inverted["ratio"] >= 10)
     assert figures["restore_vs_disk"]["bytes"] > 2 * 3000 * 32 * 2
     assert million["machine"]["cores"]
-    assert [path.name for path in tmp_path.iterdir()] == ["bank.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bank.json", "bank.md"]
+    assert f"| at most 1 | {million['ratio']:.3f} |" in (tmp_path / "bank.md").read_text()
     assert "at most 2" in done.stdout
 
 
@@ -110,6 +112,14 @@ def test_goals_say_which_side_is_good():
 def test_the_table_has_every_figure_that_is_there():
     shown = table({name: {"ratio": 1.0, "goal": "at most 2", "met": False, "part": {"a": 0.5}} for name in NAMES})
     assert shown.row_count == len(NAMES)
+
+
+def test_the_model_and_the_simulated_workers_stand_side_by_side():
+    setting = {"workers": 8, "late_share": 0.25, "mean_seconds": 0.5, "p99_seconds": 2.0, "predicted_p99_seconds": 1.5}
+    figure = {"ratio": 0.9, "rows": 10, "busy_0.6": setting, "machine": {"commit": "0a1b2c3"}}
+    text = markdown({"plan_vs_simulated_workers": figure})
+    assert "| `plan_vs_simulated_workers` |  | 0.900 | 0a1b2c3 |" in text
+    assert "| busy_0.6, 8 workers | - / - | 0.25 / - | 0.5 / - | 2 / 1.5 |" in text
 
 
 @pytest.fixture(scope="module")
