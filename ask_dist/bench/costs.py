@@ -37,7 +37,7 @@ def planner_constants(
     neighbours: int = 16,
     sizes: Sequence[int] = (10_000, 40_000, 160_000),
     refined: Sequence[int] = (5_000, 20_000),
-    memory_rows: int = 100_000,
+    memory_rows: int = 50_000,
     memory_dims: Sequence[int] = (128, 512),
     calls: int = 500,
 ) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _memory(index: str, rows: int, dims: Sequence[int]) -> dict[str, dict[str, f
 
 def _transport(calls: int, batch: int, neighbours: int, dim: int) -> dict[str, float]:
     """What Ray takes: seconds of the actor for a search among many and of a lone one, beyond the search itself, in a
-    bank that has nothing to search; and to store a byte."""
+    bank that has nothing to search; of the caller for a call; and to store a byte."""
     rows = 2 * batch
     ids, (_, audio, text) = np.arange(batch), next(clustered(rows, dim))
     settings: dict[str, Any] = {"dim": dim, "capacity": rows}
@@ -151,6 +151,9 @@ def _transport(calls: int, batch: int, neighbours: int, dim: int) -> dict[str, f
         here = statistics.median(seconds(lambda: bank.search_ids(ids, neighbours)) for _ in range(1 + calls // 5))
         pipelined([lambda: actor.search_ids.remote(ids)] * (1 + calls // 10))
         among_many = seconds(lambda: pipelined([lambda: actor.search_ids.remote(ids)] * calls)) / calls
+        requests: list[Any] = []
+        sent = seconds(lambda: requests.extend(actor.ping.remote() for _ in range(calls))) / calls
+        ray.get(requests)
         lone = statistics.median(seconds(lambda: ray.get(actor.search_ids.remote(ids))) for _ in range(1 + calls // 5))
     finally:
         ray.kill(actor)
@@ -159,5 +162,6 @@ def _transport(calls: int, batch: int, neighbours: int, dim: int) -> dict[str, f
     return {
         "call": max(0.0, among_many - here),
         "round_trip": max(0.0, lone - here),
+        "submit": sent,
         "byte": stored / OBJECT_BYTES,
     }

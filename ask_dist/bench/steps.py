@@ -29,7 +29,7 @@ def knowledge_step_100k(
     *,
     rows: int = 100_000,
     index: str = "ivf_flat",
-    steps: int = 1000,
+    steps: int = 900,
     plain_steps: int = 200,
     workers: int = 1,
 ) -> dict[str, float]:
@@ -73,7 +73,7 @@ def knowledge_step_100k(
     }
 
 
-def refiner_slowdown(config_file: Path, *, steps: int = 250, workers: Sequence[int] = (1, 2)) -> dict[str, float]:
+def refiner_slowdown(config_file: Path, *, steps: int = 200, workers: Sequence[int] = (1, 2)) -> dict[str, float]:
     """Steps beside a refiner against the same steps without one: on a core of its own, and on the workers' cores.
 
     Windows count from the second epoch on, in which the refiner has re-encoded rows to learn from.

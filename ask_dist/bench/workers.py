@@ -25,7 +25,7 @@ START_SECONDS = 0.5  # until all threads are there
 def plan_vs_simulated_workers(
     constants: Constants,
     *,
-    rows: int = 4_000,
+    rows: int = 50_000,
     dim: int = 256,
     batch: int = 16,
     neighbours: int = 16,

@@ -52,6 +52,7 @@ COLUMNS: dict[str, Cell] = {
     "p99 / step": lambda plan: f"{plan.outcome.answer_p99 / plan.load.step_seconds:.2f}",
     "in lockstep": lambda plan: f"{plan.outcome.lockstep_p99 / plan.load.step_seconds:.2f}",
     "late": lambda plan: f"{plan.outcome.late_share:.1%}",
+    "sending": lambda plan: f"{plan.outcome.sending:.1%}",
     "GiB a shard": lambda plan: f"{plan.outcome.memory_shard / 2**30:.1f}",
     "GiB in all": lambda plan: f"{plan.outcome.memory_all / 2**30:.1f}",
     "MB/s a bank": lambda plan: f"{plan.outcome.network_bank / 1e6:.0f}",
@@ -167,7 +168,8 @@ def sentence(planned: Planned) -> str:
     """What holds a load, or that nothing does and why."""
     load, outcome = planned.load, planned.outcome
     asked = f"{load.workers} workers and {load.rows:.3g} rows"
-    layout = f"bank.index={outcome.layout.index}, {outcome.layout.shards} shards x {outcome.layout.replicas} replicas"
+    chosen = outcome.layout
+    layout = f"bank.index={chosen.index} bank.shards={chosen.shards} bank.replicas={chosen.replicas}"
     if outcome.problems:
         return f"nothing within reach holds {asked}; nearest is {layout} ({'; '.join(outcome.problems)})"
     refiner = ""
@@ -181,7 +183,8 @@ def sentence(planned: Planned) -> str:
 
 def _planned(load: Load, outcome: Outcome, constants: Constants, node: Node) -> Planned:
     if outcome.problems:
-        return Planned(load, outcome, 0, outcome.problems[0], 0, outcome.problems[0])
+        why = "; ".join(outcome.problems)
+        return Planned(load, outcome, 0, why, 0, why)
     workers = breaking_point(load, outcome.layout, constants, node, "workers")
     return Planned(load, outcome, *workers, *breaking_point(load, outcome.layout, constants, node, "rows"))
 
@@ -201,6 +204,7 @@ def constants_markdown(constants: Constants) -> str:
     """The constants as a table, in microseconds and bytes."""
     rows = [
         ["a call: the actor's time, and a lone one's", f"{constants.call * 1e6:.0f}, {constants.round_trip * 1e6:.0f}"],
+        ["a call: the caller's time", f"{constants.submit * 1e6:.0f}"],
         ["a MB into the object store", f"{constants.byte * 1e12:.0f}"],
         [
             "a row of the refiner's snapshot, of its commit",

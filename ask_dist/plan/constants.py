@@ -50,6 +50,7 @@ class Constants(Section):
         snapshot, commit: seconds a row that the bank's lock is held while the refiner copies it or writes it back.
         refine: by strategy, seconds of a generation on the refiner's core, prototypes included; x is the bank's rows.
         call: seconds that a call keeps the actor busy beyond its work. round_trip: of one call that does nothing.
+        submit: seconds that a call keeps the caller busy.
         byte: seconds to put a byte into Ray's object store.
         memory: by index and precision, peak bytes a row of the bank's process; x is `model.embedding_dim`.
     """
@@ -65,6 +66,7 @@ class Constants(Section):
     refine: dict[str, Line]
     call: Seconds
     round_trip: Seconds
+    submit: Seconds
     byte: Seconds
     memory: dict[str, dict[Precision, Line]]
 

@@ -33,6 +33,7 @@ from ask_dist.plan.constants import Constants, Precision
 
 MOST_BUSY = 0.8  # of a queue or a network card: beyond it the wait grows faster than any estimate of it is good
 MOST_LATE = 0.01
+MOST_SENDING = 0.1  # of a step, on the worker: what knowledge may cost a step at all
 QUANTILE = 0.99
 SHARDS = tuple(2**power for power in range(11))
 REPLICAS = tuple(2**power for power in range(9))
@@ -101,12 +102,14 @@ class Work:
         visits: of a search to each shard, one after the other.
         answer, exchanged, rows_sent: bytes of its part of an answer, of what it is told by the other shards for that,
             and of the upsert's rows.
+        calls: that the worker sends, to all shards.
         hold, generation: seconds that the refiner holds the lock, and between two such times.
     """
 
     search: float
     upsert: float
     visits: int
+    calls: float
     answer: float
     exchanged: float
     rows_sent: float
@@ -123,10 +126,12 @@ class Outcome:
         busy: share of time that a primary works; `busy_with` is what most of it goes to.
         answer_mean, answer_p99: workers out of step. lockstep_p99: workers in step.
         late_share: of the answers, in the worse case of the two.
+        sending: share of a step that a worker spends on sending its calls.
         memory_shard, memory_all: of one actor and of all.
         network_bank: of a primary, in and out together. network_worker: of a worker, the greater of the two.
         network_all: what travels in all.
         generation: seconds between two corrections of a row by the refiner.
+        strain: what it uses of the limit that it is nearest to, or furthest beyond.
         problems: why it does not hold; empty if it does.
     """
 
@@ -137,12 +142,14 @@ class Outcome:
     answer_p99: float
     lockstep_p99: float
     late_share: float
+    sending: float
     memory_shard: float
     memory_all: float
     network_bank: float
     network_worker: float
     network_all: float
     generation: float
+    strain: float = 0.0
     problems: tuple[str, ...] = ()
 
 
@@ -167,6 +174,7 @@ def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) ->
         + (answer + exchanged / shards) * constants.byte,
         upsert=touched * constants.call + own * (constants.upsert[index] + followed) * scale,
         visits=visits,
+        calls=shards * (visits + touched),
         answer=answer,
         exchanged=exchanged,
         rows_sent=own * width,
@@ -228,6 +236,7 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
         answer_p99=slowest + part.search + travel,
         lockstep_p99=lockstep + travel,
         late_share=late,
+        sending=part.calls * constants.submit / step,
         memory_shard=load.rows / shards * constants.bytes_a_row(layout.index, load.precision, load.dim),
         memory_all=load.rows * layout.replicas * constants.bytes_a_row(layout.index, load.precision, load.dim),
         network_bank=searches * (part.answer + part.exchanged) + upserts * layout.replicas * part.rows_sent,
@@ -235,26 +244,29 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
         network_all=load.workers / step * shards * (part.answer + part.exchanged + layout.replicas * part.rows_sent),
         generation=part.generation,
     )
-    return replace(outcome, problems=tuple(_problems(outcome, node)))
+    strains = _strains(outcome, node)
+    problems = tuple(told for told, strain in strains.items() if strain > 1.0)
+    return replace(outcome, strain=max(strains.values()), problems=problems)
 
 
-def _problems(outcome: Outcome, node: Node) -> list[str]:
-    problems = []
-    if outcome.memory_shard > node.memory:
-        problems.append(f"memory: {outcome.memory_shard / 2**30:.0f} GiB a shard, a node has {node.memory / 2**30:.0f}")
-    if outcome.busy > MOST_BUSY:
-        problems.append(f"busy: {outcome.busy:.2f}, most with {outcome.busy_with}")
-    for name, used in (("bank", outcome.network_bank), ("worker", outcome.network_worker)):
-        if used > MOST_BUSY * node.network:
-            problems.append(f"network of a {name}: {used / 1e9:.2f} GB/s of {node.network / 1e9:.2f}")
-    if outcome.late_share > MOST_LATE and outcome.busy <= MOST_BUSY:
-        problems.append(f"late: {outcome.late_share:.1%} of the answers")
-    return problems
+def _strains(outcome: Outcome, node: Node) -> dict[str, float]:
+    """What a layout uses of each limit, by what is to be said if that is more than all of it."""
+    shard, room = outcome.memory_shard, node.memory
+    used = {
+        f"memory: {shard / 2**30:.0f} GiB a shard, a node has {room / 2**30:.0f}": shard / room,
+        f"busy: {outcome.busy:.2f}, most with {outcome.busy_with}": outcome.busy / MOST_BUSY,
+        f"late: {outcome.late_share:.1%} of the answers": outcome.late_share / MOST_LATE,
+        f"sending: {outcome.sending:.0%} of a worker's step": outcome.sending / MOST_SENDING,
+    }
+    for name, network in (("bank", outcome.network_bank), ("worker", outcome.network_worker)):
+        told = f"network of a {name}: {network / 1e9:.2f} GB/s of {node.network / 1e9:.2f}"
+        used[told] = network / node.network / MOST_BUSY
+    return used
 
 
 def smallest(load: Load, index: str, constants: Constants, node: Node) -> Outcome:
     """The layout of an index with the fewest actors that holds, with few shards rather than few replicas; where none
-    does, the one with the fewest problems and then the least to do."""
+    does, the one that is least beyond a limit."""
     outcomes = [
         predict(load, Layout(index, shards, replicas), constants, node)
         for shards, replicas in itertools.product(SHARDS, REPLICAS)
@@ -262,13 +274,13 @@ def smallest(load: Load, index: str, constants: Constants, node: Node) -> Outcom
     holding = [outcome for outcome in outcomes if not outcome.problems]
     if holding:
         return min(holding, key=lambda outcome: (outcome.layout.actors, outcome.layout.shards))
-    return min(outcomes, key=lambda outcome: (len(outcome.problems), outcome.busy))
+    return min(outcomes, key=lambda outcome: outcome.strain)
 
 
 def recommend(load: Load, constants: Constants, node: Node) -> Outcome:
     """The smallest layout over all kinds of index that were measured; of equally small ones the more exact."""
     found = [smallest(load, index, constants, node) for index in constants.indexes(node.gpu)]
-    return min(found, key=lambda outcome: (len(outcome.problems), outcome.layout.actors))
+    return min(found, key=lambda outcome: (outcome.strain if outcome.problems else 0.0, outcome.layout.actors))
 
 
 def breaking_point(

@@ -76,6 +76,7 @@ def test_search_grows_with_the_rows_or_their_root_and_with_the_width():
         refine={},
         call=0,
         round_trip=0,
+        submit=0,
         byte=0,
         memory={"flat": {"float16": {"fixed": 8, "growth": 4}}},
     )

@@ -34,6 +34,7 @@ CONSTANTS = Constants(
     refine={"kernel": {"fixed": 0.5, "growth": 3e-5}},
     call=5e-4,
     round_trip=1e-3,
+    submit=2e-4,
     byte=3e-10,
     memory={
         "flat": {"float16": {"fixed": 200, "growth": 16}},
@@ -172,3 +173,9 @@ def test_a_layout_holds_up_to_its_breaking_point(grown):
     at, past = (replace(LOAD, **{grown: value}) for value in (most, int(most * 1.02) + 2))
     assert not predict(at, layout, CONSTANTS, NODE).problems
     assert predict(past, layout, CONSTANTS, NODE).problems
+
+
+def test_many_shards_cost_a_worker_its_time():
+    few, many = (predict(LOAD, Layout("ivf_flat", shards, 1), CONSTANTS, NODE) for shards in (4, 256))
+    assert few.sending < 0.1
+    assert any(problem.startswith("sending") for problem in many.problems)
