@@ -58,7 +58,7 @@ def knowledge_step_100k(
         knowledge = _windows(config_file, folder, "knowledge", steps, True, with_bank, rows)
         plain += _windows(config_file, folder, "after", plain_steps, False, both)
     wanted = ("bank/rows",) if index == "flat" else ("bank/rows", "bank/inverted_rows")
-    ready = [row for row in knowledge if all(row[name] >= rows for name in wanted)]
+    ready = [row for row in knowledge if all(row.get(name, 0.0) >= rows for name in wanted)]
     if not ready:
         raise InputError(f"{steps} steps were over before {rows} rows were in a trained {index}: take more steps")
     seconds = {"knowledge": _step_seconds(ready), "plain": _step_seconds(plain)}

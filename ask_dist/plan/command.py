@@ -247,7 +247,7 @@ def picture(found: Sequence[Planned]) -> bytes:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
         actors, waits = figure.subplots(1, 2)
         for size in dict.fromkeys(one.load.rows for one in found):
             holding = [one for one in found if one.load.rows == size and not one.outcome.problems]
@@ -261,7 +261,7 @@ def picture(found: Sequence[Planned]) -> bytes:
         for axes, title in ((actors, "bank actors, shards x replicas"), (waits, "p99 answer / step, worse arrival")):
             axes.set(title=title, xlabel="training workers", xscale="log")
         actors.set(yscale="log")
-        actors.legend(frameon=False)
+        figure.legend(*actors.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
