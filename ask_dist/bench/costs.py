@@ -152,7 +152,7 @@ def _transport(calls: int, batch: int, neighbours: int, dim: int) -> dict[str, f
         pipelined([lambda: actor.search_ids.remote(ids)] * (1 + calls // 10))
         among_many = seconds(lambda: pipelined([lambda: actor.search_ids.remote(ids)] * calls)) / calls
         requests: list[Any] = []
-        sent = seconds(lambda: requests.extend(actor.ping.remote() for _ in range(calls))) / calls
+        sent = seconds(lambda: requests.extend(actor.search_ids.remote(ids) for _ in range(calls))) / calls
         ray.get(requests)
         lone = statistics.median(seconds(lambda: ray.get(actor.search_ids.remote(ids))) for _ in range(1 + calls // 5))
     finally:
