@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ask_dist import cluster
 from ask_dist.bank.client import BankClient
+from ask_dist.bank.service import BankService
 from ask_dist.bench.rows import clustered
 from ask_dist.bench.trainer import bench_config, windows
 from ask_dist.config import Config
@@ -120,7 +121,7 @@ def _windows(
         cluster.check_resources(config)
         actors = cluster.start_actors(config)
         try:
-            with _filling(config, actors["bank"], filled) if filled else nullcontext():
+            with _filling(config, BankService(actors.bank), filled) if filled else nullcontext():
                 run.fit(config, actors, shards["train"], quiet)
         finally:
             cluster.stop_actors(actors)
@@ -129,7 +130,7 @@ def _windows(
 
 
 @contextmanager
-def _filling(config: Config, bank: Any, rows: int) -> Iterator[None]:
+def _filling(config: Config, bank: BankService, rows: int) -> Iterator[None]:
     """Rows are written beside the run as soon as it trains: it begins with an empty bank."""
     over = threading.Event()
 
