@@ -61,25 +61,33 @@ class AudioModel(Section):
     """The audio encoder, by its registered name."""
 
     name: str = "conv"
-    width: Count = 24
-    mel_bins: Count = 64
+    source: str | None = Field(None, description="of a pretrained one: its folder or file, or the id of a hub")
+    freeze: bool = Field(False, description="its weights stay as they are")
+    width: Count = Field(24, description="of conv")
+    mel_bins: Count = Field(64, description="of conv")
+    options: dict[str, Any] = Field({}, description="settings of an encoder that another package registers")
 
 
 class TextModel(Section):
     """The text encoder, by its registered name."""
 
     name: str = "transformer"
-    width: Count = 128
-    layers: Count = 1
-    heads: Count = 4
+    source: str | None = Field(None, description="of a pretrained one: its folder, or the id of a hub")
+    freeze: bool = Field(False, description="its weights stay as they are")
+    pooling: Literal["mean", "cls"] = Field("mean", description="of automodel: a caption's vector from its tokens'")
+    width: Count = Field(128, description="of transformer")
+    layers: Count = Field(1, description="of transformer")
+    heads: Count = Field(4, description="of transformer")
     max_tokens: Count = 32
     vocabulary: Count = Field(8000, description="largest size of the tokenizer trained on the captions")
+    options: dict[str, Any] = Field({}, description="settings of an encoder that another package registers")
 
 
 class Model(Section):
     """Two encoders and the space that they share."""
 
     embedding_dim: Count = 256
+    projection: Literal["mlp", "none"] = Field("mlp", description="none: the encoders' own vectors are compared")
     dropout: Share = 0.1
     audio: AudioModel = AudioModel()
     text: TextModel = TextModel()
@@ -195,6 +203,9 @@ class Config(Section):
         for split in ("train", "validation", "test"):
             if tree["data"][split] is not None:
                 tree["data"][split] = str(Path(tree["data"][split]).absolute())
+        for tower in (tree["model"]["audio"], tree["model"]["text"]):
+            if tower["source"] is not None and Path(tower["source"]).exists():  # else the id of a hub
+                tower["source"] = str(Path(tower["source"]).absolute())
         return Config.model_validate(tree)
 
     @model_validator(mode="after")

@@ -158,7 +158,7 @@ class _Given(TextEncoder):
 
 
 def _minilm(corpus: Corpus) -> TextEncoder:
-    return FolderTextEncoder(minilm_folder(), corpus.model.text.max_tokens)
+    return FolderTextEncoder(minilm_folder(), corpus.model.text.max_tokens).freeze()
 
 
 def _read(shards: ShardList, sample_rate: int, clip_seconds: float) -> Iterator[tuple[str, np.ndarray, dict[str, Any]]]:

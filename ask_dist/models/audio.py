@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ask_dist.config import Model
 from ask_dist.errors import InputError
+from ask_dist.models.encoder import Encoder, Registry
+from ask_dist.models.spectrum import power_spectrum
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchaudio announces its maintenance phase at every import
     from torchaudio.transforms import MelSpectrogram
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """What the trainer asks of an audio encoder.
 
     Attributes:
@@ -28,31 +30,26 @@ class AudioEncoder(nn.Module):
     """
 
     sample_rate: int
-    output_dim: int
 
 
-_REGISTRY: dict[str, Callable[[Model, int], AudioEncoder]] = {}
-
-
-def register_audio_encoder(
-    name: str,
-) -> Callable[[Callable[[Model, int], AudioEncoder]], Callable[[Model, int], AudioEncoder]]:
-    """Makes `factory(model_config, sample_rate) -> AudioEncoder` available as `model.audio.name`."""
-
-    def add(factory: Callable[[Model, int], AudioEncoder]) -> Callable[[Model, int], AudioEncoder]:
-        _REGISTRY[name] = factory
-        return factory
-
-    return add
+_REGISTRY: Registry[Callable[[Model, int], AudioEncoder]] = Registry("model.audio.name")
+# Makes `factory(model_config, sample_rate) -> AudioEncoder` available as `model.audio.name`.
+register_audio_encoder = _REGISTRY.register
 
 
 def build_audio_encoder(config: Model, sample_rate: int) -> AudioEncoder:
-    """The encoder that the configuration names; InputError when nobody registered it."""
-    if config.audio.name not in _REGISTRY:
+    """The encoder that the configuration names, frozen if it says so.
+
+    Raises:
+        InputError: nobody registered it, it takes sound of another rate, or its own files can't be used.
+    """
+    encoder = _REGISTRY.find(config.audio.name)(config, sample_rate)
+    if encoder.sample_rate != sample_rate:
         raise InputError(
-            f"model.audio.name={config.audio.name!r} is not registered; known: {', '.join(sorted(_REGISTRY))}"
+            f"data.sample_rate={sample_rate} does not fit model.audio.name={config.audio.name}; "
+            f"set it to {encoder.sample_rate}"
         )
-    return _REGISTRY[config.audio.name](config, sample_rate)
+    return encoder.freeze() if config.audio.freeze else encoder
 
 
 class LogMel(nn.Module):
@@ -68,9 +65,17 @@ class LogMel(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         # The transform stays in fp32: the squares of quiet samples vanish in bf16.
         with torch.autocast(audio.device.type, enabled=False):
-            mel = self.mel(audio.float())
+            mel = self.mel.mel_scale(self._spectrum(audio.float()))
         # 10 and 4 bring the log of scenes with pauses to about zero mean and unit variance.
         return ((mel + 1e-6).log().unsqueeze(1) + 10.0) / 4.0
+
+    def _spectrum(self, audio: Tensor) -> Tensor:
+        transform = self.mel.spectrogram
+        if not torch.onnx.is_in_onnx_export():
+            return transform(audio)
+        half = transform.n_fft // 2
+        padded = nn.functional.pad(audio.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
+        return power_spectrum(padded, transform.window, transform.hop_length, transform.n_fft)
 
 
 class _Block(nn.Module):

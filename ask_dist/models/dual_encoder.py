@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ask_dist.config import Model
+from ask_dist.errors import InputError
 from ask_dist.models.audio import AudioEncoder, build_audio_encoder
 from ask_dist.models.text import TextEncoder, Vocabulary, build_text_encoder
 
@@ -26,14 +27,19 @@ class Features(NamedTuple):
 
 
 class DualEncoder(nn.Module):
-    """An audio and a text encoder with a two-layer projection each, and the learned logit_scale."""
+    """An audio and a text encoder, with a two-layer projection each if the configuration wants one, and the learned
+    logit_scale.
+
+    Raises:
+        InputError: there is no projection, and an encoder is not as wide as the shared space.
+    """
 
     def __init__(self, audio: AudioEncoder, text: TextEncoder, config: Model) -> None:
         super().__init__()
         self.audio = audio
         self.text = text
-        self.audio_projection = _projection(audio.output_dim, config.embedding_dim, config.dropout)
-        self.text_projection = _projection(text.output_dim, config.embedding_dim, config.dropout)
+        self.audio_projection = _projection(audio.output_dim, config)
+        self.text_projection = _projection(text.output_dim, config)
         # One element, not a scalar: DeepSpeed broadcasts parameters as views of bytes.
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
         self.logit_scale_max = config.logit_scale_max
@@ -60,5 +66,13 @@ def build_dual_encoder(config: Model, sample_rate: int, vocabulary: Vocabulary) 
     return DualEncoder(build_audio_encoder(config, sample_rate), build_text_encoder(config, vocabulary), config)
 
 
-def _projection(inputs: int, outputs: int, dropout: float) -> nn.Module:
-    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Dropout(dropout), nn.Linear(outputs, outputs))
+def _projection(inputs: int, config: Model) -> nn.Module:
+    outputs = config.embedding_dim
+    if config.projection == "none":
+        if inputs != outputs:
+            raise InputError(
+                f"model.projection=none with an encoder of width {inputs} and model.embedding_dim={outputs}: set "
+                f"model.embedding_dim={inputs} if both encoders are as wide, else model.projection=mlp"
+            )
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(outputs, outputs))

@@ -11,51 +11,38 @@ from torch import Tensor, nn
 
 from ask_dist.config import Model
 from ask_dist.errors import InputError
+from ask_dist.models.encoder import Encoder, Registry
 from ask_dist.models.positions import sinusoids
 
 PAD, UNKNOWN, SUMMARY = "[PAD]", "[UNK]", "[CLS]"
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Encoder):
     """What the trainer asks of a text encoder.
 
     Attributes:
         output_dim: width of the vectors that it gives.
 
     `tokenize(captions)` gives int64 [batch, tokens], padded with 0; `forward(tokens)` gives float [batch, output_dim].
-    `assets()` names the files (name -> bytes) beside the weights that a saved run needs to tokenize again.
     """
-
-    output_dim: int
 
     def tokenize(self, captions: list[str]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define tokenize(captions)")
 
-    def assets(self) -> dict[str, bytes]:
-        return {}
 
-
-TextFactory = Callable[[Model, "Vocabulary"], TextEncoder]
-_REGISTRY: dict[str, TextFactory] = {}
-
-
-def register_text_encoder(name: str) -> Callable[[TextFactory], TextFactory]:
-    """Makes `factory(model_config, vocabulary) -> TextEncoder` available as `model.text.name`."""
-
-    def add(factory: TextFactory) -> TextFactory:
-        _REGISTRY[name] = factory
-        return factory
-
-    return add
+_REGISTRY: Registry[Callable[[Model, Vocabulary], TextEncoder]] = Registry("model.text.name")
+# Makes `factory(model_config, vocabulary) -> TextEncoder` available as `model.text.name`.
+register_text_encoder = _REGISTRY.register
 
 
 def build_text_encoder(config: Model, vocabulary: Vocabulary) -> TextEncoder:
-    """The encoder that the configuration names; InputError when nobody registered it."""
-    if config.text.name not in _REGISTRY:
-        raise InputError(
-            f"model.text.name={config.text.name!r} is not registered; known: {', '.join(sorted(_REGISTRY))}"
-        )
-    return _REGISTRY[config.text.name](config, vocabulary)
+    """The encoder that the configuration names, frozen if it says so.
+
+    Raises:
+        InputError: nobody registered it, or its own files can't be used.
+    """
+    encoder = _REGISTRY.find(config.text.name)(config, vocabulary)
+    return encoder.freeze() if config.text.freeze else encoder
 
 
 class Vocabulary:

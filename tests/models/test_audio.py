@@ -87,7 +87,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_anybodys_encoder_can_be_registered():
     class Loudness(AudioEncoder):
-        output_dim = 1
+        sample_rate, output_dim = RATE, 1
 
         def forward(self, audio: Tensor) -> Tensor:
             return audio.square().mean(dim=1, keepdim=True)
@@ -95,3 +95,5 @@ def test_anybodys_encoder_can_be_registered():
     register_audio_encoder("test-loudness")(lambda config, sample_rate: Loudness())
     built = build_audio_encoder(Model(audio=AudioModel(name="test-loudness")), RATE)
     torch.testing.assert_close(built(torch.full((2, 10), 0.5)), torch.full((2, 1), 0.25))
+    with pytest.raises(InputError, match=r"data\.sample_rate=16000 does not fit .*test-loudness; set it to 8000"):
+        build_audio_encoder(Model(audio=AudioModel(name="test-loudness")), 2 * RATE)

@@ -97,7 +97,7 @@ def test_weights_in_a_pickle_are_refused_and_never_run(padded_by_one, tmp_path):
     marker = tmp_path / "the-pickle-ran"
     (padded_by_one / "model.safetensors").unlink()
     (padded_by_one / "pytorch_model.bin").write_bytes(pickle.dumps(Malice(marker)))
-    with pytest.raises(InputError, match="is no text encoder for transformers") as error:
+    with pytest.raises(InputError, match="is no AutoModel for transformers") as error:
         FolderTextEncoder(padded_by_one, max_tokens=32)
     assert "\n" not in str(error.value)
     assert not marker.exists()
@@ -112,6 +112,6 @@ def test_a_folder_without_a_needed_file_is_refused(padded_by_one, name):
 
 def test_a_folder_of_something_else_is_refused_in_one_line(padded_by_one):
     (padded_by_one / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="is no text encoder for transformers") as error:
+    with pytest.raises(InputError, match="is no AutoModel for transformers") as error:
         FolderTextEncoder(padded_by_one, max_tokens=32)
     assert "\n" not in str(error.value)

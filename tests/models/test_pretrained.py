@@ -14,7 +14,9 @@ from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.saved import load_model, save_model
 from tests.models.conftest import CAPTIONS, needs_pretrained
 
-SETTINGS = Model(embedding_dim=16, audio=AudioModel(name="yamnet"), text=TextModel(name="minilm"))
+SETTINGS = Model(
+    embedding_dim=16, audio=AudioModel(name="yamnet", freeze=True), text=TextModel(name="minilm", freeze=True)
+)
 AUDIO = 0.1 * torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
 
 
