@@ -88,6 +88,29 @@ def evaluate(
     score(run, shards, output, console)
 
 
+class Format(StrEnum):
+    """What `export` writes."""
+
+    transformers = "transformers"
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    form: Annotated[Format, typer.Option("--format", help="transformers: a ClapModel; onnx: a graph a tower")],
+    output: Annotated[Path, typer.Option(help="folder that is made")],
+) -> None:
+    """Write the model of a finished run for other programs, with a model card.
+
+    Example: ask-dist export runs/quickstart --format onnx --output exports/quickstart
+    """
+    from ask_dist.export.command import export as write
+
+    write(run, form.value, output, console)
+
+
 @app.command()
 def search(
     run: RunFolder,

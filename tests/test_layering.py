@@ -17,7 +17,7 @@ MODULES = {
 }
 ONLY_IN = {"deepspeed": "train.engine", "faiss": "bank.index", "torch_geometric": "refine.gnn"}
 NO_RAY = {
-    "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate", "plan"],
+    "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate", "export", "plan"],
     "bank.": ["messages", "memory", "index", "prototypes", "store", "shard", "local"],
     "refine.": ["graph", "gnn", "strategies", "refiner"],
     "train.": ["engine", "checkpoint", "tracking", "progress"],
@@ -30,7 +30,8 @@ NEVER_IMPORT = {
     "data": "ablation train tune cli cluster evaluate bank refine losses models",
     "bank": "ablation train tune cli cluster evaluate refine losses models data",
     "refine": "ablation train tune cli cluster losses models data",
-    "evaluate": "ablation train tune cli cluster refine losses",
+    "evaluate": "ablation train tune cli cluster refine losses export",
+    "export": "ablation train tune cli cluster bank refine losses data evaluate",
     "train": "ablation tune cli",
     "tune": "ablation cli",
     "cluster": "ablation train tune cli evaluate",

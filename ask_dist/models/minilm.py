@@ -67,6 +67,7 @@ class FolderTextEncoder(TextEncoder):
         if kind == "AutoModel" and getattr(self.network, "pooler", None) is not None:
             self.network.pooler.requires_grad_(False)  # nothing asks for what it makes
         self.output_dim: int = self.network.config.hidden_size
+        self.padding = self.tokenizer.pad_token_id
         self.max_tokens = max_tokens
         self.pooling = pooling
         # Taken now, and without padding and truncation: the library writes those of each call into its tokenizer.
@@ -76,7 +77,7 @@ class FolderTextEncoder(TextEncoder):
         self._check(folder)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """int64 [batch, longest], padded with 0; where that is another token's id, the two ids are exchanged."""
+        """int64 [batch, longest], cut at `max_tokens`."""
         if not captions:
             return torch.zeros(0, 1, dtype=torch.int64)
         encoded = self.tokenizer(
@@ -98,11 +99,6 @@ class FolderTextEncoder(TextEncoder):
             return states[:, 0]
         weights = present.unsqueeze(2).to(states.dtype)
         return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
-
-    def exchange_padding(self, tokens: Tensor) -> Tensor:
-        """From the tokenizer's padding to ours, which is 0, and back."""
-        padding = self.tokenizer.pad_token_id
-        return tokens if padding == 0 else torch.where(tokens == 0, padding, tokens.masked_fill(tokens == padding, 0))
 
     def _check(self, folder: Path) -> None:
         if self.tokenizer.pad_token_id is None:

@@ -22,12 +22,22 @@ class TextEncoder(Encoder):
 
     Attributes:
         output_dim: width of the vectors that it gives.
+        padding: the id of its tokenizer's own padding.
 
-    `tokenize(captions)` gives int64 [batch, tokens], padded with 0; `forward(tokens)` gives float [batch, output_dim].
+    `tokenize(captions)` gives int64 [batch, tokens], padded with 0; where that is another token's id, the two ids are
+    exchanged. `forward(tokens)` gives float [batch, output_dim].
     """
+
+    padding: int = 0
 
     def tokenize(self, captions: list[str]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define tokenize(captions)")
+
+    def exchange_padding(self, tokens: Tensor) -> Tensor:
+        """From the ids of the tokenizer to those of `tokenize`, and back."""
+        if self.padding == 0:
+            return tokens
+        return torch.where(tokens == 0, self.padding, tokens.masked_fill(tokens == self.padding, 0))
 
 
 _REGISTRY: Registry[Callable[[Model, Vocabulary], TextEncoder]] = Registry("model.text.name")

@@ -87,8 +87,9 @@ class YamnetEncoder(AudioEncoder):
         images = log_mel_patches(audio).to(self.classifier.weight.dtype)
         batch, patches = images.shape[:2]
         at_once = AT_ONCE_CPU if audio.device.type == "cpu" else AT_ONCE
-        parts = [self.network(part) for part in images.flatten(0, 1).unsqueeze(1).split(at_once)]
-        return torch.cat(parts).mean(dim=(2, 3)).view(batch, patches, PATCH_DIM)
+        together = images.flatten(0, 1).unsqueeze(1)
+        parts = [together] if torch.onnx.is_in_onnx_export() else together.split(at_once)
+        return torch.cat([self.network(part) for part in parts]).mean(dim=(2, 3)).view(batch, patches, PATCH_DIM)
 
     def scores(self, audio: Tensor) -> Tensor:
         """Probabilities of the classes of `class_names`, each by itself: -> [batch, patches, 521]."""
@@ -112,7 +113,9 @@ def log_mel_patches(audio: Tensor) -> Tensor:
     window, mel = _front_end(audio.device)
     with torch.autocast(audio.device.type, enabled=False):
         spectrum = power_spectrum(nn.functional.pad(audio.float(), (0, padding)), window, HOP, FFT).sqrt()
-        return (spectrum.transpose(1, 2) @ mel + LOG_OFFSET).log().unfold(1, PATCH, PATCH_HOP).transpose(2, 3)
+        bands = (spectrum.transpose(1, 2) @ mel + LOG_OFFSET).log()
+        starts = range(0, (further + 1) * PATCH_HOP, PATCH_HOP)
+        return torch.stack([bands[:, start : start + PATCH] for start in starts], dim=1)
 
 
 @cache
