@@ -78,11 +78,29 @@ def evaluate(
     run: RunFolder,
     shards: Annotated[Path | None, typer.Option(help="folder of shards; default: the run's own test split")] = None,
     output: Annotated[Path | None, typer.Option(help="also write the scores to this JSON file")] = None,
+    zero_shot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="classify instead: a file with a class in each line")
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="a class's sentence, {} for its name; several are averaged")
+    ] = None,
 ) -> None:
-    """Score a finished run in both directions, on its own test split or on other shards.
+    """Score a finished run in both directions, on its own test split or on other shards; or classify without training.
 
     Example: ask-dist evaluate runs/quickstart --shards shards/open_sounds/test
+
+    Example: ask-dist evaluate runs/quickstart --shards shards/esc50/test --zero-shot classes.txt
     """
+    if zero_shot is not None:
+        if shards is None:
+            raise InputError("--zero-shot needs --shards, the clips to classify")
+        from ask_dist.evaluate.zero_shot import TEMPLATES
+        from ask_dist.evaluate.zero_shot import zero_shot as classify
+
+        classify(run, zero_shot, shards, template or TEMPLATES, output, console)
+        return
+    if template:
+        raise InputError("--template needs --zero-shot, the classes that it is for")
     from ask_dist.evaluate.run import evaluate as score
 
     score(run, shards, output, console)
