@@ -14,6 +14,7 @@ WORDS = [
     *("a", "and", "bark", "barks", "dog", "drum", "falls", "loud", "notes", "of"),
     *("on", "rain", "roof", "sound", "the", "then", "three", "tin", "viola"),
 ]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
@@ -37,7 +38,7 @@ def save_clap(folder: Path, **audio: Any) -> Path:
     folder.mkdir(parents=True)
     size = save_tokenizer(folder)
     torch.manual_seed(0)
-    text = ClapTextConfig(vocab_size=size, max_position_embeddings=40, pad_token_id=1, initializer_factor=5.0, **TEXT)
+    text = ClapTextConfig(vocab_size=size, max_position_embeddings=40, pad_token_id=1, initializer_factor=5.0, **NO_DROPOUT, **TEXT)
     heard = ClapAudioConfig(
         spec_size=64,
         num_mel_bins=16,
@@ -47,6 +48,7 @@ def save_clap(folder: Path, **audio: Any) -> Path:
         num_attention_heads=[2, 2, 2],
         window_size=4,
         num_hidden_layers=3,
+        **NO_DROPOUT,
         initializer_factor=5.0,  # larger than usual, or all clips would look alike
         **audio,
     )

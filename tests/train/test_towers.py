@@ -31,7 +31,7 @@ def make_engine(folder: str, stage: int, freeze: bool) -> tuple[Engine, AskObjec
             "audio": {"name": "clap-htsat", "source": folder, "freeze": freeze},
             "text": {"name": "clap-text", "source": folder, "max_tokens": 16},
         },
-        "optimization": {"zero_stage": stage, "learning_rate": 3e-3, "micro_batch_size": 3},
+        "optimization": {"zero_stage": stage, "learning_rate": 3e-3, "micro_batch_size": 2},
         "knowledge": {"enabled": False},
     }
     config = configuration.parse(tree)
@@ -47,10 +47,9 @@ def train(folder: str, stage: int, freeze: bool) -> dict[str, Any]:
     rank, losses = dist.get_rank(), []
     engine.module.train()
     for _ in range(STEPS):
-        audio = sounds(2.0, 6)[3 * rank : 3 * rank + 3]
-        captions = [f"{'loud' if rank else 'the'} {caption}" for caption in CAPTIONS]
-        features = engine(audio, engine.module.text.tokenize(captions))
-        loss = objective(*features, torch.arange(3) + 3 * rank).loss
+        mine = slice(2 * rank, 2 * rank + 2)
+        features = engine(sounds(2.0, 4)[mine], engine.module.text.tokenize([*CAPTIONS, "viola"][mine]))
+        loss = objective(*features, torch.arange(4)[mine]).loss
         everywhere = loss.detach().clone()
         dist.all_reduce(everywhere)
         losses.append(float(everywhere) / dist.get_world_size())
@@ -61,15 +60,15 @@ def train(folder: str, stage: int, freeze: bool) -> dict[str, Any]:
     fresh.load_state(state)
     whole = fresh.whole().eval()
     with torch.no_grad():
-        embedded = whole.encode_audio(sounds(2.0, 6))
-        wanted = engine.whole().eval().encode_audio(sounds(2.0, 6))
+        embedded = whole.encode_audio(sounds(2.0, 4))
+        wanted = engine.whole().eval().encode_audio(sounds(2.0, 4))
     moved = [name for name in before if name.startswith("model.") and not torch.equal(before[name], state[name])]
     return {"losses": losses, "moved": moved, "restored": embedded, "wanted": wanted}
 
 
 def every_way(rank: int, folder: str) -> list[dict[str, Any]]:
     """One start of the processes for all tests."""
-    return [train(folder, stage, freeze) for stage, freeze in ((0, False), (1, True), (3, False))]
+    return [train(folder, stage, freeze) for stage, freeze in ((1, True), (3, False))]
 
 
 @pytest.fixture(scope="module")
@@ -80,15 +79,15 @@ def ways(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("way", [0, 1, 2])
+@pytest.mark.parametrize("way", [0, 1])
 def test_the_loss_falls_and_a_checkpoint_gives_the_same_embeddings(ways, way):
-    assert ways[way]["losses"][-1] < 0.9 * ways[way]["losses"][0]
+    assert ways[way]["losses"][-1] < 0.7 * ways[way]["losses"][0]
     torch.testing.assert_close(ways[way]["restored"], ways[way]["wanted"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.multiprocess
 def test_a_frozen_tower_moves_no_weight(ways):
-    moved = ways[1]["moved"]
+    moved = ways[0]["moved"]
     assert moved
     assert not [name for name in moved if name.startswith("model.audio.")]
-    assert [name for name in ways[0]["moved"] if name.startswith("model.audio.")]
+    assert [name for name in ways[1]["moved"] if name.startswith("model.audio.")]
