@@ -17,7 +17,7 @@ from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip
 
 RATE = 16000
-COMMANDS = ("train", "check", "evaluate", "search", "tune", "plan", "pack", "corpus")
+COMMANDS = ("train", "check", "evaluate", "export", "search", "tune", "plan", "pack", "corpus")
 
 
 def run(*arguments: str | Path) -> int:

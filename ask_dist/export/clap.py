@@ -12,7 +12,7 @@ from ask_dist.errors import InputError
 from ask_dist.files import write_atomically
 from ask_dist.models.clap import ClapAudioEncoder, ClapTextEncoder
 from ask_dist.models.dual_encoder import DualEncoder
-from ask_dist.models.pretrained import SAVED, optional_module
+from ask_dist.models.pretrained import SAVED, optional_module, quiet
 
 
 def write_clap(folder: Path, model: DualEncoder, config: Config) -> None:
@@ -39,7 +39,8 @@ def write_clap(folder: Path, model: DualEncoder, config: Config) -> None:
     )
     network = transformers.ClapModel(described)
     network.load_state_dict(_weights(audio, text, model.logit_scale))
-    network.save_pretrained(folder)
+    with quiet(transformers):
+        network.save_pretrained(folder)
     for name, content in (audio.assets() | text.assets()).items():
         if Path(name).name not in ("config.json", SAVED):
             write_atomically(folder / Path(name).name, content)

@@ -86,7 +86,7 @@ def load_network(folder: Path, kind: str, optional: str = "") -> Any:
     only_local = {"local_files_only": True, "trust_remote_code": False}
     maker = getattr(transformers, kind)
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             if is_saved(folder):
                 config = transformers.AutoConfig.from_pretrained(folder, **only_local)
                 return maker.from_config(config) if kind.startswith("Auto") else maker(config)
@@ -162,8 +162,8 @@ def _missing(package: str, encoder: str) -> InputError:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's progress bar and its tables of weights: what is missing is an error here."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the library's progress bars and its tables of weights: what is missing is an error here."""
     logging = transformers.utils.logging
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -38,7 +38,9 @@ def save_clap(folder: Path, **audio: Any) -> Path:
     folder.mkdir(parents=True)
     size = save_tokenizer(folder)
     torch.manual_seed(0)
-    text = ClapTextConfig(vocab_size=size, max_position_embeddings=40, pad_token_id=1, initializer_factor=5.0, **NO_DROPOUT, **TEXT)
+    text = ClapTextConfig(
+        vocab_size=size, max_position_embeddings=40, pad_token_id=1, initializer_factor=5.0, **NO_DROPOUT, **TEXT
+    )
     heard = ClapAudioConfig(
         spec_size=64,
         num_mel_bins=16,
