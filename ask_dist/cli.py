@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ask_dist import __version__
+from ask_dist import __version__, cli_data
 from ask_dist.errors import InputError
 from ask_dist.files import DISK_ERRORS, refusal, writing
 
@@ -30,6 +30,8 @@ corpus_app = typer.Typer(help="Build a corpus from what packages carry.", no_arg
 app.add_typer(corpus_app, name="corpus")
 bank_app = typer.Typer(help="Knowledge from outside a run: a bank folder of another corpus.", no_args_is_help=True)
 app.add_typer(bank_app, name="bank")
+app.add_typer(cli_data.shards_app, name="shards")
+app.command()(cli_data.pack)
 console = Console()
 INTERRUPTED = 130  # Typer's exit code for Ctrl-C
 
@@ -240,27 +242,6 @@ class Recipe(StrEnum):
 
     sampled_scenes = "sampled-scenes"
     open_sounds = "open-sounds"
-
-
-@app.command()
-def pack(
-    table: Annotated[Path, typer.Argument(help="CSV or JSONL of audio path and caption(s)")],
-    folder: Annotated[Path, typer.Argument(help="folder for the shards of this split")],
-    audio_folder: Annotated[
-        Path | None, typer.Option(help="where the paths begin; default: the table's folder")
-    ] = None,
-    split: Annotated[str, typer.Option(help="name of the split, used in the shards' names")] = "train",
-    sample_rate: Annotated[int, typer.Option(min=1000, max=192000, help="Hz")] = 16000,
-    clips_per_shard: Annotated[int, typer.Option(min=1, help="clips a tar file")] = 250,
-) -> None:
-    """Write WebDataset shards (FLAC and JSON) from a table of clips and captions.
-
-    Example: ask-dist pack captions.csv shards/mine/train --audio-folder recordings
-    """
-    from ask_dist.data.corpora.command import pack_with_progress
-
-    with writing(folder):
-        pack_with_progress(table, audio_folder or table.parent, folder, split, sample_rate, clips_per_shard, console)
 
 
 @corpus_app.command("build")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
@@ -11,34 +12,69 @@ import soundfile
 SILENCE = 1e-4
 # torchaudio's resampler builds one filter per output phase, so its cost grows with the reduced ratio's terms.
 LARGEST_RATIO_TERM = 1000
+MOST_DECODED = 2**28  # samples of all channels, 1 GiB of float32, where a length is limited
 
 
 class BadSample(ValueError):
     """A clip that can't be used; the message says why."""
 
 
-def decode(data: bytes) -> tuple[np.ndarray, int]:
+def decode(data: bytes, longest: float | None = None) -> tuple[np.ndarray, int]:
     """Decode a whole audio file (whatever libsndfile reads: FLAC, WAV, OGG, MP3) and mix it down to mono.
+
+    Args:
+        data: the file's bytes.
+        longest: in seconds; refuse what its header calls longer, before memory is taken for it. None: no limit.
 
     Returns:
         float32 [samples] and the sample rate in Hz.
 
     Raises:
-        BadSample: undecodable, empty, silent (peak below 1e-4), NaN or infinite.
+        BadSample: undecodable, too long, empty, silent (peak below 1e-4), NaN or infinite.
+    """
+    decoded = decode_channels(data, longest)
+    audio = mono(decoded.samples)
+    check(audio)
+    return audio, decoded.rate
+
+
+def mono(samples: np.ndarray) -> np.ndarray:
+    """The mean over the channels of float32 [samples, channels]."""
+    return samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An audio file's float32 [samples, channels], its sample rate in Hz, and libsndfile's name of its format."""
+
+    samples: np.ndarray
+    rate: int
+    format: str
+
+
+def decode_channels(data: bytes, longest: float | None = None) -> Decoded:
+    """Like `decode`, with all channels as they are and without a look at what they hold.
+
+    Raises:
+        BadSample: undecodable, or too long.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            audio, rate = file.read(dtype="float32"), file.samplerate
+            seconds = file.frames / file.samplerate
+            if longest is not None and seconds > longest:
+                raise BadSample(f"too long: {seconds:.1f} s by its header, at most {longest:g} s are taken")
+            if longest is not None and file.frames * file.channels > MOST_DECODED:
+                raise BadSample(f"too large: {file.channels} channels of {file.frames} samples")
+            samples = file.read(dtype="float32", always_2d=True)
+            return Decoded(samples, file.samplerate, file.format)
+    except BadSample:
+        raise
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         raise BadSample(f"undecodable audio: {error}") from None
-    if audio.ndim == 2:
-        audio = audio.mean(axis=1)
-    check(audio)
-    return audio, rate
 
 
 def check(audio: np.ndarray) -> None:
-    """Raise BadSample for audio [samples] that is empty, silent, NaN or infinite."""
+    """Raise BadSample for audio [samples] or [samples, channels] that is empty, silent, NaN or infinite."""
     if audio.size == 0:
         raise BadSample("empty audio")
     peak = max(float(audio.max()), -float(audio.min()))
@@ -49,7 +85,7 @@ def check(audio: np.ndarray) -> None:
 
 
 def resample(audio: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
-    """Resample float32 [samples] from `rate` to `target_rate` Hz; the result has ceil(samples * target / rate)."""
+    """Resample float32 [..., samples] from `rate` to `target_rate` Hz to ceil(samples * target / rate)."""
     if rate == target_rate:
         return audio
     divisor = math.gcd(rate, target_rate)
@@ -60,7 +96,7 @@ def resample(audio: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
         return torchaudio.functional.resample(torch.from_numpy(audio), rate, target_rate).numpy()
     import scipy.signal
 
-    return scipy.signal.resample(audio, -(-len(audio) * target_rate // rate)).astype(np.float32)
+    return scipy.signal.resample(audio, -(-audio.shape[-1] * target_rate // rate), axis=-1).astype(np.float32)
 
 
 def fit_length(audio: np.ndarray, samples: int, rng: np.random.Generator | None) -> np.ndarray:

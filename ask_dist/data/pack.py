@@ -1,4 +1,4 @@
-"""Packing: clips, or a table of audio files and captions, into WebDataset shards (format: shards/README.md)."""
+"""Clips into WebDataset shards (format: shards/README.md). For tables of clips see packing.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import json
 import os
 import re
 import shutil
+import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,30 @@ import soundfile
 
 from ask_dist.data import audio
 from ask_dist.data.shards import FORMAT, SIZES, Clip, write_text
-from ask_dist.data.table import Row, read_table
 from ask_dist.errors import InputError
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 LONGEST_KEY = 80  # a tar name has room for 100 bytes, the extension included
 ASIDE = ".packing"
-QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """A clip as its shard will hold it: the bytes of its FLAC and JSON members, and what sizes.json needs to know."""
+    """A clip as its shard will hold it: the bytes of its two members, and what sizes.json needs to know.
+
+    Attributes:
+        key: name of the clip.
+        audio: the bytes of an audio file.
+        extension: of the audio member: "flac", or the one of an original file.
+        description: the bytes of the JSON member.
+        sample_rate: in Hz.
+        seconds: length of the audio.
+        classes: what sounds in it.
+    """
 
     key: str
-    flac: bytes
+    audio: bytes
+    extension: str
     description: bytes
     sample_rate: int
     seconds: float
@@ -45,25 +55,104 @@ def encode_clip(clip: Clip) -> EncodedClip:
     """Encode a clip as 16-bit FLAC and JSON; what lies outside -1..1 is clipped.
 
     Raises:
-        BadSample: the audio is empty, silent, NaN or infinite.
+        BadSample: the audio is empty, silent, NaN or infinite, or nothing that FLAC can hold.
         InputError: the key or the captions can't be stored.
     """
-    if not KEY.fullmatch(clip.key) or len(clip.key) > LONGEST_KEY:
-        raise InputError(f"key {clip.key!r}: use 1 to {LONGEST_KEY} of A-Z, a-z, 0-9, _ and -")
-    if not clip.captions or not all(caption.strip() for caption in clip.captions):
-        raise InputError(f"clip {clip.key!r} has captions {clip.captions!r}: give at least one, and none empty")
     audio.check(clip.audio)
     flac = io.BytesIO()
-    soundfile.write(flac, np.clip(clip.audio, -1, 1), clip.sample_rate, format="FLAC", subtype="PCM_16")
-    description = {**clip.extra, "captions": clip.captions, "classes": clip.classes}
+    try:
+        soundfile.write(flac, np.clip(clip.audio, -1, 1), clip.sample_rate, format="FLAC", subtype="PCM_16")
+    except soundfile.SoundFileError as error:
+        raise audio.BadSample(f"can't be stored as FLAC: {error}") from None
     return EncodedClip(
         key=clip.key,
-        flac=flac.getvalue(),
-        description=json.dumps(description, ensure_ascii=False).encode(),
+        audio=flac.getvalue(),
+        extension="flac",
+        description=describe(clip.key, clip.captions, clip.classes, clip.extra),
         sample_rate=clip.sample_rate,
         seconds=len(clip.audio) / clip.sample_rate,
         classes=clip.classes,
     )
+
+
+def describe(key: str, captions: Sequence[str], classes: Sequence[str], extra: Mapping[str, Any]) -> bytes:
+    """The JSON member of a clip.
+
+    Raises:
+        InputError: the key or the captions can't be stored.
+    """
+    if not KEY.fullmatch(key) or len(key) > LONGEST_KEY:
+        raise InputError(f"key {key!r}: use 1 to {LONGEST_KEY} of A-Z, a-z, 0-9, _ and -")
+    if not captions or not all(caption.strip() for caption in captions):
+        raise InputError(f"clip {key!r} has captions {captions!r}: give at least one, and none empty")
+
+    text = json.dumps({**extra, "captions": captions, "classes": classes}, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A finished tar: its file name, what sizes.json says of it, and how many clips have each class and each rate."""
+
+    file: str
+    clips: int
+    seconds: float
+    sha256: str
+    classes: dict[str, int]
+    sample_rates: dict[str, int]
+
+
+class ShardWriter:
+    """Writes one tar; the same clips give the same bytes.
+
+    Attributes:
+        clips: how many were added.
+        size: bytes of their members.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.clips = 0
+        self.size = 0
+        self._path = path
+        self._file = path.open("wb")
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._seconds = 0.0
+        self._classes: Counter[str] = Counter()
+        self._rates: Counter[str] = Counter()
+
+    def add(self, clip: EncodedClip) -> None:
+        """Append the clip's two members."""
+        for extension, content in ((clip.extension, clip.audio), ("json", clip.description)):
+            member = tarfile.TarInfo(f"{clip.key}.{extension}")
+            member.size, member.mode = len(content), 0o444
+            member.uname = member.gname = "ask-dist"
+            self._tar.addfile(member, io.BytesIO(content))
+            self.size += len(content)
+        self.clips += 1
+        self._seconds += clip.seconds
+        self._classes.update(set(clip.classes))
+        self._rates[str(clip.sample_rate)] += 1
+
+    def finish(self) -> WrittenShard:
+        """Close the tar; it is on disk when this returns."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with self._path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return WrittenShard(
+            self._path.name,
+            self.clips,
+            round(self._seconds, 3),
+            sha256,
+            dict(self._classes),
+            dict(self._rates),
+        )
+
+    def abandon(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
 
 
 def write_shards(
@@ -85,169 +174,69 @@ def write_shards(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        sizes = _write_aside(clips, aside, split, clips_per_shard)
-        (folder / SIZES).unlink(missing_ok=True)
-        for old in folder.glob("*.tar"):
-            old.unlink()
-        for name in sizes["shards"]:
-            os.replace(aside / name, folder / name)
+        shards = _write_aside(clips, aside, split, clips_per_shard)
+        return publish(shards, aside, folder, split)
     finally:
-        shutil.rmtree(aside)
-    write_text(folder / SIZES, json.dumps(sizes, indent=1, ensure_ascii=False) + "\n")
-    return sizes
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_aside(clips: Iterable[Clip | EncodedClip], aside: Path, split: str, clips_per_shard: int) -> dict[str, Any]:
-    from webdataset import TarWriter  # it imports torch: two seconds that reading a table should not cost
-
+def _write_aside(
+    clips: Iterable[Clip | EncodedClip], aside: Path, split: str, clips_per_shard: int
+) -> list[WrittenShard]:
     encoded = (clip if isinstance(clip, EncodedClip) else encode_clip(clip) for clip in clips)
-    shards: dict[str, dict[str, Any]] = {}
-    classes: Counter[str] = Counter()
+    shards: list[WrittenShard] = []
     keys: set[str] = set()
-    rates: set[int] = set()
     while chunk := list(itertools.islice(encoded, clips_per_shard)):
-        path = aside / f"{split}-{len(shards):06d}.tar"
-        with path.open("wb") as file:
-            with TarWriter(file, encoder=False, mtime=0, user="ask-dist", group="ask-dist") as tar:
-                for clip in chunk:
-                    if clip.key in keys:
-                        raise InputError(f"key {clip.key!r} occurs twice in {split}: a key must be unique")
-                    keys.add(clip.key)
-                    rates.add(clip.sample_rate)
-                    classes.update(set(clip.classes))
-                    tar.write({"__key__": clip.key, "flac": clip.flac, "json": clip.description})
-            file.flush()
-            os.fsync(file.fileno())
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        seconds = round(sum(clip.seconds for clip in chunk), 3)
-        shards[path.name] = {"clips": len(chunk), "seconds": seconds, "sha256": sha256}
+        writer = ShardWriter(aside / f"{len(shards):06d}.tar")
+        try:
+            for clip in chunk:
+                if clip.key in keys:
+                    raise InputError(f"key {clip.key!r} occurs twice in {split}: a key must be unique")
+                keys.add(clip.key)
+                writer.add(clip)
+            shards.append(writer.finish())
+        finally:
+            writer.abandon()
     if not shards:
         raise InputError(f"no clips for the split {split!r}: give at least one")
+    rates = sorted({int(rate) for shard in shards for rate in shard.sample_rates})
     if len(rates) > 1:
-        raise InputError(f"sample rates {sorted(rates)} in one split: resample all clips to one of them")
-    return {"format": FORMAT, "sample_rate": rates.pop(), "shards": shards, "classes": dict(sorted(classes.items()))}
+        raise InputError(f"sample rates {rates} in one split: resample all clips to one of them")
+    return shards
 
 
-@dataclass(frozen=True)
-class PackSummary:
-    """What pack_table did.
-
-    Attributes:
-        clips: how many were packed.
-        seconds: their length.
-        shards: how many tar files.
-        classes: clips of each class.
-        skipped: a record {"line", "audio", "reason"} for each audio file that was left out; also in quarantine.jsonl.
-    """
-
-    clips: int
-    seconds: float
-    shards: int
-    classes: dict[str, int]
-    skipped: list[dict[str, Any]]
-
-
-def pack_table(
-    table: Path,
-    audio_folder: Path,
-    folder: Path,
-    split: str,
-    *,
-    audio_column: str = "audio",
-    caption_columns: Sequence[str] | None = None,
-    sample_rate: int = 16000,
-    clips_per_shard: int = 250,
-    progress: Callable[[int, int], None] | None = None,
-) -> PackSummary:
-    """Pack the clips that a table names (see read_table for its columns) into the shards of one split.
-
-    Keys are made from the paths relative to `audio_folder`. An audio file that is missing, undecodable or silent, or
-    has no caption, is skipped and named in `folder`/quarantine.jsonl.
+def publish(shards: Sequence[WrittenShard], aside: Path, folder: Path, split: str, **more: Any) -> dict[str, Any]:
+    """Move finished tars out of `aside` under their names, in the place of what `folder` held, and write sizes.json.
 
     Args:
-        table: CSV or JSONL, one audio file a row, or several rows with the same file and a caption each.
-        audio_folder: what the paths in the table are relative to; none may lead out of it.
-        folder: gets the shards and sizes.json.
-        split: the first part of the shards' names.
-        sample_rate: clips are resampled to it, in Hz.
-        progress: called with audio files done and audio files in all.
+        shards: in the order of their numbers; at least one.
+        more: further entries of sizes.json.
 
-    Raises:
-        InputError: the table can't be used, a path leads out of `audio_folder`, or no clip is left.
+    Returns:
+        The content of sizes.json.
     """
-    if not audio_folder.is_dir():
-        raise InputError(f"no audio folder {audio_folder}: correct the path")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-        raise InputError(f"split {split!r}: use letters, digits, _ and - alone")
-    rows = read_table(table, audio_column, caption_columns)
-    paths = [_inside(audio_folder.resolve(), row, table) for row in rows]
-    keys = make_keys([path.relative_to(audio_folder.resolve()).as_posix() for path in paths])
-    skipped: list[dict[str, Any]] = []
-
-    def clips() -> Iterator[EncodedClip]:
-        for done, (row, path, key) in enumerate(zip(rows, paths, keys, strict=True), 1):
-            try:
-                yield encode_clip(_read(row, path, key, sample_rate))
-            except audio.BadSample as error:
-                skipped.append({"line": row.line, "audio": row.audio, "reason": str(error)})
-            if progress:
-                progress(done, len(rows))
-        if len(skipped) == len(rows):
-            raise InputError(f"all {len(rows)} audio files of {table} are bad, the first: {skipped[0]['reason']}")
-
-    sizes = write_shards(clips(), folder, split, clips_per_shard=clips_per_shard)
-    (folder / QUARANTINE).unlink(missing_ok=True)
-    if skipped:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in skipped)
-        write_text(folder / QUARANTINE, "".join(lines))
-    shards = sizes["shards"].values()
-    return PackSummary(
-        clips=sum(shard["clips"] for shard in shards),
-        seconds=sum(shard["seconds"] for shard in shards),
-        shards=len(shards),
-        classes=sizes["classes"],
-        skipped=skipped,
-    )
-
-
-def make_keys(names: Sequence[str]) -> list[str]:
-    """A valid, unique key for each relative path; a path gets the same one wherever it stands in the table."""
-    plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", name.rsplit(".", 1)[0]).strip("_") for name in names]
-    shared = Counter(plain)
-    return [
-        key if key and len(key) <= LONGEST_KEY and shared[key] == 1 else f"{key[: LONGEST_KEY - 17]}-{_digest(name)}"
-        for key, name in zip(plain, names, strict=True)
-    ]
-
-
-def _digest(name: str) -> str:
-    return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-
-
-def _inside(audio_folder: Path, row: Row, table: Path) -> Path:
-    """The real path of a row's audio; links count as what they point to."""
-    try:
-        path = (audio_folder / row.audio).resolve()
-        inside = path.is_relative_to(audio_folder)
-    except (OSError, ValueError):  # too long a name, a null character, a loop of links
-        inside = False
-    if not inside:
-        raise InputError(
-            f"{table}, line {row.line}: {row.audio!r} leads out of {audio_folder}: keep the files inside it"
-        )
-    return path
-
-
-def _read(row: Row, path: Path, key: str, sample_rate: int) -> Clip:
-    if not row.audio:
-        raise audio.BadSample("no path")
-    if not row.captions:
-        raise audio.BadSample("no caption")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise audio.BadSample(f"unreadable file: {error.strerror}") from None
-    samples, rate = audio.decode(data)
-    samples = audio.resample(samples, rate, sample_rate)
-    return Clip(key, samples, sample_rate, tuple(row.captions), tuple(row.classes))
+    names = [f"{split}-{number:06d}.tar" for number in range(len(shards))]
+    classes: Counter[str] = Counter()
+    rates: Counter[str] = Counter()
+    for shard in shards:
+        classes.update(shard.classes)
+        rates.update(shard.sample_rates)
+    sizes = {
+        "format": FORMAT,
+        "sample_rate": int(min(rates, key=lambda rate: (-rates[rate], int(rate)))),
+        "shards": {
+            name: {"clips": shard.clips, "seconds": shard.seconds, "sha256": shard.sha256}
+            for name, shard in zip(names, shards, strict=True)
+        },
+        "classes": dict(sorted(classes.items())),
+        **more,
+    }
+    if len(rates) > 1:
+        sizes["sample_rates"] = dict(sorted(rates.items(), key=lambda item: int(item[0])))
+    (folder / SIZES).unlink(missing_ok=True)
+    for old in folder.glob("*.tar"):
+        old.unlink()
+    for name, shard in zip(names, shards, strict=True):
+        os.replace(aside / shard.file, folder / name)
+    write_text(folder / SIZES, json.dumps(sizes, indent=1, ensure_ascii=False) + "\n")
+    return sizes

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.pack import make_keys, pack_table, write_shards
+from ask_dist.data.pack import write_shards
 from ask_dist.data.samples import open_clip, read_shard
 from ask_dist.data.shards import Clip, ShardList
 from ask_dist.errors import InputError
@@ -87,91 +86,3 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path, make_clip: MakeClip) -
     with pytest.raises(BadSample, match="silent"):
         write_shards([replace(clip, audio=clip.audio * 0)], tmp_path, "train")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def sounds(tmp_path: Path) -> Path:
-    """A folder of audio files: two good ones, of which one is stereo at 44.1 kHz, and four bad ones."""
-    folder = tmp_path / "sounds"
-    (folder / "dogs").mkdir(parents=True)
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (44100, 2))
-    soundfile.write(folder / "dogs" / "Bark 1.wav", noise, 44100)
-    soundfile.write(folder / "cat.flac", noise[:800, 0], 8000)
-    soundfile.write(folder / "silent.wav", noise[:800, 0] * 0, 8000)
-    soundfile.write(folder / "empty.wav", noise[:0, 0], 8000)
-    soundfile.write(folder / "wordless.wav", noise[:800, 0], 8000)
-    (folder / "noise.wav").write_bytes(b"noise")
-    return folder
-
-
-def test_a_table_is_packed_and_bad_rows_are_named(tmp_path: Path, sounds: Path) -> None:
-    lines = ["audio,caption,class", "dogs/Bark 1.wav,a dog barks,dog", "cat.flac,a cat,cat", "cat.flac,it meows,"]
-    lines += [f"{name},words," for name in ("silent.wav", "empty.wav", "noise.wav", "gone.wav", "")] + [
-        "wordless.wav, ,"
-    ]
-    (tmp_path / "t.csv").write_text("\n".join(lines))
-    calls: list[tuple[int, int]] = []
-    out = tmp_path / "out"
-    summary = pack_table(tmp_path / "t.csv", sounds, out, "train", progress=lambda *call: calls.append(call))
-    assert (summary.clips, summary.shards, summary.classes) == (2, 1, {"cat": 1, "dog": 1})
-    assert summary.seconds == pytest.approx(1.1)
-    reasons = {record["audio"]: record["reason"].split(":")[0] for record in summary.skipped}
-    assert reasons == {
-        "silent.wav": "silent audio",
-        "empty.wav": "empty audio",
-        "noise.wav": "undecodable audio",
-        "gone.wav": "unreadable file",
-        "wordless.wav": "no caption",
-        "": "no path",
-    }
-    assert [record["line"] for record in summary.skipped] == [5, 6, 7, 8, 9, 10]
-    assert list(map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())) == summary.skipped
-    assert calls == [(done, 8) for done in range(1, 9)]
-    bark, cat = read_shard(out / "train-000000.tar", 0, 2)
-    assert (bark.key, cat.key) == ("dogs_Bark_1", "cat")
-    assert len(open_clip(bark, 16000)[0]) == 16000
-    assert open_clip(cat, 16000)[1]["captions"] == ["a cat", "it meows"]
-    (tmp_path / "t.csv").write_text("\n".join(lines[:3]))
-    assert pack_table(tmp_path / "t.csv", sounds, out, "train").skipped == []
-    assert not (out / "quarantine.jsonl").exists()
-
-
-@pytest.mark.parametrize("path", ["../secret.wav", "dogs/../../secret.wav", "{outside}", "link.wav", "a\\u0000b"])
-def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path: Path, sounds: Path, path: str) -> None:
-    secret = tmp_path / "secret.wav"
-    soundfile.write(secret, np.random.default_rng(0).uniform(-1, 1, 800), 8000)
-    (sounds / "link.wav").symlink_to(secret)
-    path = path.replace("{outside}", str(secret))
-    good = '{"audio": "cat.flac", "caption": "a cat"}\n'
-    (tmp_path / "t.jsonl").write_text(good + f'{{"audio": "{path}", "caption": "words"}}\n')
-    with pytest.raises(InputError, match=r"line 2: .* leads out of"):
-        pack_table(tmp_path / "t.jsonl", sounds, tmp_path / "out", "train")
-    assert not (tmp_path / "out").exists()
-
-
-def test_unusable_input_is_an_input_error(tmp_path: Path, sounds: Path) -> None:
-    (tmp_path / "t.csv").write_text("audio,caption\nsilent.wav,x\nempty.wav,y\n")
-    with pytest.raises(InputError, match=r"all 2 audio files of .* are bad, the first: silent audio"):
-        pack_table(tmp_path / "t.csv", sounds, tmp_path / "out", "train")
-    with pytest.raises(InputError, match="no audio folder"):
-        pack_table(tmp_path / "t.csv", tmp_path / "nowhere", tmp_path / "out", "train")
-    with pytest.raises(InputError, match=r"split '\.\./x'"):
-        pack_table(tmp_path / "t.csv", sounds, tmp_path / "out", "../x")
-
-
-def test_keys_are_valid_unique_and_do_not_depend_on_the_order() -> None:
-    names = [
-        "a/b.wav",
-        "a_b.wav",
-        "a/b.flac",
-        "ünï.wav",
-        "é.wav",
-        "plain-1.wav",
-        "x" * 200 + ".wav",
-        "x" * 200 + "y.wav",
-    ]
-    keys = make_keys(names)
-    assert keys[5] == "plain-1"
-    assert len(set(keys)) == len(keys)
-    assert all(1 <= len(key) <= 80 and key.replace("-", "").replace("_", "").isascii() for key in keys)
-    assert dict(zip(names, keys, strict=True)) == dict(zip(names[::-1], make_keys(names[::-1]), strict=True))

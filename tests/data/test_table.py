@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ask_dist.data.table import read_table
 from ask_dist.errors import InputError
@@ -44,7 +46,8 @@ def test_named_caption_columns_are_taken_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.txt", "", "neither .csv nor .jsonl"),
+        ("t.txt", "", "neither .csv, .jsonl, .parquet"),
+        ("t.parquet", "PAR1", "not Parquet"),
         ("t.csv", "", "no rows"),
         ("t.csv", "audio,caption\n", "no rows"),
         ("t.csv", "file,caption\nx,y\n", "no column audio among file, caption"),
@@ -62,6 +65,41 @@ def test_unusable_tables_are_named(tmp_path: Path, name: str, text: str, message
 def test_missing_and_binary_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_table(tmp_path / "t.csv", "audio", None)
-    (tmp_path / "t.csv").write_bytes(b"audio,caption\n\xff\xfe,x\n")
+    (tmp_path / "t.csv").write_bytes("audio,caption\nx.wav,one\n".encode("utf-16"))
     with pytest.raises(InputError, match="not UTF-8"):
         read_table(tmp_path / "t.csv", "audio", None)
+
+
+def test_a_caption_in_another_encoding_or_of_a_megabyte_costs_no_other(tmp_path: Path) -> None:
+    lines = [b"audio,caption", b"x.wav,one", b"y.wav,caf\xe9", b"z.wav," + b"a" * 10**6, "u.wav,café".encode()]
+    (tmp_path / "t.csv").write_bytes(b"\n".join(lines))
+    rows = read_table(tmp_path / "t.csv")
+    assert [row.captions for row in rows] == [["one"], ["caf\udce9"], ["a" * 10**6], ["café"]]
+    objects = b"\n".join(b'{"audio": "%s", "caption": "%s"}' % tuple(line.split(b",")) for line in lines[1:])
+    (tmp_path / "t.jsonl").write_bytes(objects)
+    assert [row.captions for row in read_table(tmp_path / "t.jsonl")] == [row.captions for row in rows]
+
+
+def test_parquet_holds_what_csv_holds_and_lists_and_is_spared_its_audio(tmp_path: Path) -> None:
+    columns = {
+        "audio": ["a//x.wav", "b.wav", "a/x.wav"],
+        "captions": [["one", "two"], ["three"], ["four"]],
+        "class": ["dog", None, "cat"],
+        "content": [b"bytes", None, b""],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    first, second = read_table(tmp_path / "t.parquet")
+    assert (first.line, first.audio, first.captions, first.classes) == (
+        1,
+        "a/x.wav",
+        ["one", "two", "four"],
+        ["dog", "cat"],
+    )
+    assert (second.line, second.captions, second.classes) == (2, ["three"], [])
+    with pytest.raises(InputError, match="no column content among"):
+        read_table(tmp_path / "t.parquet", "content")
+
+
+def test_urls_are_left_as_they_are(tmp_path: Path) -> None:
+    path = table(tmp_path, "t.csv", "url,caption\nhttps://host//a/../x.wav?y=1,one\n s3://bucket/y.flac ,two\n")
+    assert [row.audio for row in read_table(path, "url")] == ["https://host//a/../x.wav?y=1", "s3://bucket/y.flac"]

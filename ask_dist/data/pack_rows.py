@@ -1,0 +1,177 @@
+"""What a packing process does: read the audio of some rows, check it, encode it, write it into tars."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ask_dist.data import audio
+from ask_dist.data.audio import BadSample
+from ask_dist.data.pack import EncodedClip, ShardWriter, WrittenShard, describe, encode_clip
+from ask_dist.data.processes import tick
+from ask_dist.data.shards import Clip, write_text
+from ask_dist.data.sources import Source
+from ask_dist.data.table import URL, Row
+
+LONGEST_CAPTION = 4000  # characters
+MOST_FLAC_CHANNELS = 8
+EXTENSIONS = {"FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "WAV": "wav", "WAVEX": "wav"}
+DOWNLOADS = 8  # at once in a process
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What is packed, and how.
+
+    Attributes:
+        split: the first part of the shards' names.
+        original: whether an audio file is stored as it is, if it is FLAC, WAV, OGG or MP3; else as 16-bit FLAC.
+        sample_rate: of the FLAC, in Hz; 0 keeps that of each file.
+        keep_channels: whether the FLAC has the file's channels, 8 at most, instead of their mean.
+        clips_per_shard: rows of the table a shard; what is skipped makes a shard smaller.
+        shard_mib: a shard that has reached so much ends there, and another takes its rows' rest.
+        max_seconds: longer audio is skipped.
+    """
+
+    split: str = "train"
+    original: bool = False
+    sample_rate: int = 16000
+    keep_channels: bool = False
+    clips_per_shard: int = 250
+    shard_mib: int = 1024
+    max_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some rows of a table, with their checked paths or URLs and their keys, and where their shards go."""
+
+    number: int
+    rows: tuple[Row, ...]
+    places: tuple[str, ...]
+    keys: tuple[str, ...]
+    aside: Path
+    settings: PackSettings
+    source: Source
+
+
+def pack_rows(task: Task) -> tuple[int, dict[str, Any]]:
+    """Write a task's tars into its folder, then a JSON file that says so.
+
+    Returns:
+        The task's number, and {"rows": how many there were, "shards": what there is of each WrittenShard, "skipped":
+        the records of quarantine.jsonl}.
+    """
+    tars = _Tars(task.aside, task.number, task.settings.shard_mib * 2**20)
+    skipped: list[dict[str, Any]] = []
+    try:
+        for row, key, data in _read_ahead(task):
+            captions, reasons = usable_captions(row.captions)
+            try:
+                content = data.result()
+                if not captions:
+                    raise BadSample(reasons.pop() if reasons else "no caption")
+                tars.add(_encode(row, key, captions, content, task.settings))
+            except BadSample as error:
+                reasons.append(str(error))
+            skipped += ({"line": row.line, "audio": row.audio, "reason": reason} for reason in reasons)
+            tick()
+    finally:
+        shards = tars.finish()
+    result = {"rows": len(task.rows), "shards": [asdict(shard) for shard in shards], "skipped": skipped}
+    write_text(task.aside / f"{task.number:06d}.json", json.dumps(result))
+    return task.number, result
+
+
+class _Tars:
+    """The tars of one task: a further one begins where one has reached `most` bytes."""
+
+    def __init__(self, folder: Path, number: int, most: int) -> None:
+        self._folder, self._number, self._most = folder, number, most
+        self._writer: ShardWriter | None = None
+        self._done: list[WrittenShard] = []
+
+    def add(self, clip: EncodedClip) -> None:
+        if self._writer is None:
+            self._writer = ShardWriter(self._folder / f"{self._number:06d}-{len(self._done):04d}.tar")
+        self._writer.add(clip)
+        if self._writer.size >= self._most:
+            self.finish()
+
+    def finish(self) -> list[WrittenShard]:
+        if self._writer is not None:
+            self._done.append(self._writer.finish())
+            self._writer = None
+        return self._done
+
+
+def _read_ahead(task: Task) -> Iterator[tuple[Row, str, Future[bytes]]]:
+    """The rows with their keys and their audio, of which some more is already being read."""
+    threads = DOWNLOADS if any(map(URL.match, task.places)) else 1
+    waiting: deque[tuple[Row, str, Future[bytes]]] = deque()
+    with ThreadPoolExecutor(threads) as executor:
+        try:
+            for row, key, place in zip(task.rows, task.keys, task.places, strict=True):
+                waiting.append((row, key, executor.submit(task.source.read, place if row.audio else "")))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def usable_captions(captions: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The captions that can be stored, and for each of the others the reason why it can't."""
+    good: list[str] = []
+    reasons: list[str] = []
+    for caption in captions:
+        if len(caption) > LONGEST_CAPTION:
+            reasons.append(f"a caption of {len(caption)} characters, at most {LONGEST_CAPTION} are taken")
+        elif not _is_utf8(caption):
+            reasons.append("a caption that is not UTF-8")
+        else:
+            good.append(caption)
+    return good, reasons
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether nothing in it was read from bytes that are not UTF-8 (see table.Row)."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _encode(row: Row, key: str, captions: list[str], data: bytes, settings: PackSettings) -> EncodedClip:
+    """The clip of a row out of its audio file.
+
+    Raises:
+        BadSample: the audio can't be used.
+    """
+    decoded = audio.decode_channels(data, settings.max_seconds)
+    mono = audio.mono(decoded.samples)
+    audio.check(mono)
+    classes = tuple(filter(_is_utf8, row.classes))
+    if settings.original:
+        if decoded.format not in EXTENSIONS:
+            raise BadSample(f"{decoded.format} can't be stored as it is: pack it as FLAC")
+        return EncodedClip(
+            key,
+            data,
+            EXTENSIONS[decoded.format],
+            describe(key, captions, classes, row.extra),
+            decoded.rate,
+            len(mono) / decoded.rate,
+            classes,
+        )
+    samples = mono
+    if settings.keep_channels:
+        samples = decoded.samples.T
+        if len(samples) > MOST_FLAC_CHANNELS:
+            raise BadSample(f"{len(samples)} channels, FLAC has at most {MOST_FLAC_CHANNELS}")
+    rate = settings.sample_rate or decoded.rate
+    samples = audio.resample(samples, decoded.rate, rate)
+    return encode_clip(Clip(key, samples.T, rate, tuple(captions), classes, row.extra))

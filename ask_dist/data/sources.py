@@ -1,0 +1,106 @@
+"""The bytes of one audio file, below a folder or behind a URL, with limits on time and size."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ask_dist.data.audio import BadSample
+from ask_dist.data.table import URL
+from ask_dist.errors import InputError
+
+# Not all that fsspec knows: "file" would lead out of the audio folder, and chains ("a::b") into other stores.
+PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a table's audio comes from.
+
+    Attributes:
+        folder: what paths are relative to; URLs need none.
+        most_bytes: a larger file is refused.
+        timeout: seconds without an answer, and between two pieces of one.
+        tries: of a URL that times out, breaks off or answers 429 or 5xx.
+        pause: seconds before the second try, doubled before each further one.
+    """
+
+    folder: Path
+    most_bytes: int = 128 * 2**20
+    timeout: float = 30.0
+    tries: int = 3
+    pause: float = 1.0
+
+    def read(self, place: str) -> bytes:
+        """The content of a path or URL.
+
+        Raises:
+            BadSample: it can't be read, or is too large.
+            InputError: the URL needs a package that is missing.
+        """
+        if not place:
+            raise BadSample("no path")
+        if URL.match(place):
+            return self._download(place)
+        try:
+            with (self.folder / place).open("rb") as file:
+                return self._limited(file)
+        except OSError as error:
+            raise BadSample(f"unreadable file: {error.strerror}") from None
+
+    def _download(self, url: str) -> bytes:
+        import aiohttp
+
+        for tried in range(1, self.tries + 1):
+            try:
+                return self._download_once(url)
+            except FileNotFoundError:
+                raise BadSample("unreadable URL: not found") from None
+            except aiohttp.ClientResponseError as error:
+                reason = f"it answers {error.status}"
+                if error.status < 500 and error.status != 429:
+                    raise BadSample(f"unreadable URL: {reason}") from None
+            except TimeoutError:
+                reason = f"no answer within {self.timeout:g} s"
+            except (aiohttp.ClientError, OSError) as error:
+                reason = f"{type(error).__name__} {error}".strip()
+            if tried < self.tries:
+                time.sleep(self.pause * 2 ** (tried - 1))
+        raise BadSample(f"unreadable URL after {self.tries} tries: {reason}")
+
+    def _download_once(self, url: str) -> bytes:
+        import aiohttp
+        import fsspec
+
+        protocol = url.partition("://")[0]
+        client: dict[str, Any] = {}
+        reading: dict[str, Any] = {}
+        if protocol in ("http", "https"):
+            limit = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=self.timeout)
+            client = {"client_kwargs": {"timeout": limit}}
+            reading = {"block_size": 0, "size": -1}  # one request, read as it comes, the size not asked for before
+        try:
+            filesystem, path = fsspec.url_to_fs(url, **client)
+        except ImportError as error:
+            raise InputError(f"{protocol}:// needs a package that is missing ({error}): install it") from None
+        with filesystem.open(path, "rb", **reading) as file:
+            return self._limited(file)
+
+    def _limited(self, file: Any) -> bytes:
+        """All of an open file, or BadSample once it is over the limit."""
+        content = bytearray()
+        while block := file.read(BLOCK):
+            content += block
+            if len(content) > self.most_bytes:
+                raise BadSample(f"too large: over {self.most_bytes / 2**20:g} MiB")
+        return bytes(content)
+
+
+def check_url(url: str, place: str) -> None:
+    """Raise InputError, beginning with `place`, for a URL of a kind that is not read."""
+    protocol, _, rest = url.partition("://")
+    if protocol not in PROTOCOLS or "::" in rest:
+        raise InputError(f"{place}: {url[:100]!r} is not read: give a path, or one of {', '.join(PROTOCOLS)}://")

@@ -1,0 +1,24 @@
+"""ESC-50 (Piczak, ACM Multimedia 2015) for zero-shot classification: the class, in a sentence, is the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ask_dist.data.table import Row, read_lines, require
+from ask_dist.data.tables.find_audio import AudioFiles
+
+TEMPLATE = "this is the sound of {}"
+
+
+def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
+    """See Reader. The table is `meta/esc50.csv`; `category` becomes the class and `fold` stays in the JSON."""
+    files = AudioFiles(audio_folder)
+    rows = []
+    for line, cells in read_lines(table):
+        require(table, cells, ("filename", "fold", "category"))
+        name = cells["category"].replace("_", " ")
+        row = Row(line, "", [TEMPLATE.format(name)], [name], {"fold": cells["fold"]})
+        files.give(row, [Path(cells["filename"]).stem])
+        rows.append(row)
+    return rows

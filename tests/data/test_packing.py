@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+
+from ask_dist.data.pack_rows import PackSettings
+from ask_dist.data.packing import PackSummary, make_keys, pack_table
+from ask_dist.data.samples import open_clip, read_shard
+from ask_dist.data.shards import ShardList
+from ask_dist.data.sources import Source
+from ask_dist.data.table import read_table
+from ask_dist.errors import InputError
+
+pytestmark = pytest.mark.multiprocess
+RATE = 8000
+
+
+def pack(table: Path, audio: Path, folder: Path, processes: int = 1, **options: Any) -> PackSummary:
+    """pack_table for a table on disk; options of PackSettings, `again` and `progress`."""
+    rest = {name: options.pop(name) for name in ("again", "progress") if name in options}
+    settings = PackSettings(**{"sample_rate": RATE} | options)
+    return pack_table(read_table(table), Source(audio), folder, settings, name=str(table), processes=processes, **rest)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def sounds(tmp_path: Path) -> Path:
+    """A folder of audio files: two good ones, of which one is stereo at 44.1 kHz, and four bad ones."""
+    folder = tmp_path / "sounds"
+    (folder / "dogs").mkdir(parents=True)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (44100, 2))
+    soundfile.write(folder / "dogs" / "Bark 1.wav", noise, 44100)
+    soundfile.write(folder / "cat.flac", noise[:800, 0], 8000)
+    soundfile.write(folder / "silent.wav", noise[:800, 0] * 0, 8000)
+    soundfile.write(folder / "empty.wav", noise[:0, 0], 8000)
+    soundfile.write(folder / "wordless.wav", noise[:800, 0], 8000)
+    (folder / "noise.wav").write_bytes(b"noise")
+    return folder
+
+
+def test_a_table_is_packed_and_bad_rows_are_named(tmp_path: Path, sounds: Path) -> None:
+    lines = ["audio,caption,class", "dogs/Bark 1.wav,a dog barks,dog", "cat.flac,a cat,cat", "cat.flac,it meows,"]
+    lines += [f"{name},words," for name in ("silent.wav", "empty.wav", "noise.wav", "gone.wav", "")] + [
+        "wordless.wav, ,"
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    calls: list[tuple[int, int]] = []
+    out = tmp_path / "out"
+    summary = pack(tmp_path / "t.csv", sounds, out, sample_rate=16000, progress=lambda *call: calls.append(call))
+    assert (summary.clips, summary.shards, summary.classes) == (2, 1, {"cat": 1, "dog": 1})
+    assert summary.seconds == pytest.approx(1.1)
+    reasons = {record["audio"]: record["reason"].split(":")[0] for record in summary.skipped}
+    assert reasons == {
+        "silent.wav": "silent audio",
+        "empty.wav": "empty audio",
+        "noise.wav": "undecodable audio",
+        "gone.wav": "unreadable file",
+        "wordless.wav": "no caption",
+        "": "no path",
+    }
+    assert [record["line"] for record in summary.skipped] == [5, 6, 7, 8, 9, 10]
+    assert list(map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())) == summary.skipped
+    assert calls[-1] == (8, 8)
+    assert calls == sorted(calls)
+    bark, cat = read_shard(out / "train-000000.tar", 0, 2)
+    assert (bark.key, cat.key) == ("dogs_Bark_1", "cat")
+    assert len(open_clip(bark, 16000)[0]) == 16000
+    assert open_clip(cat, 16000)[1]["captions"] == ["a cat", "it meows"]
+    (tmp_path / "t.csv").write_text("audio,caption\ncat.flac,a cat\n")
+    assert pack(tmp_path / "t.csv", sounds, out).skipped == []
+    assert not (out / "quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize("path", ["../secret.wav", "dogs/../../secret.wav", "{outside}", "link.wav", "a\\u0000b"])
+def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path: Path, sounds: Path, path: str) -> None:
+    secret = tmp_path / "secret.wav"
+    soundfile.write(secret, np.random.default_rng(0).uniform(-1, 1, 800), 8000)
+    (sounds / "link.wav").symlink_to(secret)
+    path = path.replace("{outside}", str(secret))
+    good = '{"audio": "cat.flac", "caption": "a cat"}\n'
+    (tmp_path / "t.jsonl").write_text(good + f'{{"audio": "{path}", "caption": "words"}}\n')
+    with pytest.raises(InputError, match=r"line 2: .* leads out of"):
+        pack(tmp_path / "t.jsonl", sounds, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_input_is_an_input_error(tmp_path: Path, sounds: Path) -> None:
+    (tmp_path / "t.csv").write_text("audio,caption\nsilent.wav,x\nempty.wav,y\n")
+    with pytest.raises(InputError, match=r"all 2 audio files of .* are bad, the first: silent audio"):
+        pack(tmp_path / "t.csv", sounds, tmp_path / "out")
+    with pytest.raises(InputError, match=r"split '\.\./x'"):
+        pack(tmp_path / "t.csv", sounds, tmp_path / "out", split="../x")
+
+
+def test_keys_are_valid_unique_and_do_not_depend_on_the_order() -> None:
+    names = [
+        "a/b.wav",
+        "a_b.wav",
+        "a/b.flac",
+        "ünï.wav",
+        "é.wav",
+        "plain-1.wav",
+        "x" * 200 + ".wav",
+        "x" * 200 + "y.wav",
+    ]
+    keys = make_keys(names)
+    assert keys[5] == "plain-1"
+    assert len(set(keys)) == len(keys)
+    assert all(1 <= len(key) <= 80 and key.replace("-", "").replace("_", "").isascii() for key in keys)
+    assert dict(zip(names, keys, strict=True)) == dict(zip(names[::-1], make_keys(names[::-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 40 recordings of noise, every fifth of them silent, and their table."""
+    folder = tmp_path_factory.mktemp("recordings")
+    rng = np.random.default_rng(0)
+    lines = ["audio,caption,classes"]
+    for number in range(40):
+        noise = rng.uniform(-0.5, 0.5, RATE // 10) * (number % 5 != 4)
+        soundfile.write(folder / f"{number}.wav", noise, RATE)
+        lines.append(f"{number}.wav,noise number {number},noise;class {number % 3}")
+    (folder / "t.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_order_and_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, recordings: Path) -> None:
+    for processes in (1, 3):
+        pack(recordings / "t.csv", recordings, tmp_path / str(processes), processes, clips_per_shard=7)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    shards = ShardList.load(tmp_path / "1")
+    assert shards.counts == (6, 6, 5, 6, 5, 4)
+    keys = [
+        raw.key for path, count in zip(shards.paths, shards.counts, strict=True) for raw in read_shard(path, 0, count)
+    ]
+    assert keys == [str(number) for number in range(40) if number % 5 != 4]
+
+
+def test_a_shard_ends_at_its_size_and_keeps_its_clips(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 200_000)
+    soundfile.write(tmp_path / "a.wav", noise, RATE)
+    for name in "bcde":
+        (tmp_path / f"{name}.wav").hardlink_to(tmp_path / "a.wav")
+    (tmp_path / "t.csv").write_text("audio,caption\n" + "".join(f"{name}.wav,noise\n" for name in "abcde"))
+    pack(tmp_path / "t.csv", tmp_path, tmp_path / "out", sample_rate=0, shard_mib=1)
+    assert ShardList.load(tmp_path / "out").counts == (3, 2)
+    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
+    assert sizes["sample_rate"] == RATE
+
+
+def test_rates_and_channels_may_be_kept(tmp_path: Path, sounds: Path) -> None:
+    (tmp_path / "t.csv").write_text("audio,caption\ndogs/Bark 1.wav,a dog\ncat.flac,a cat\n")
+    pack(tmp_path / "t.csv", sounds, tmp_path / "out", sample_rate=0, keep_channels=True)
+    sizes = json.loads((tmp_path / "out" / "sizes.json").read_text())
+    assert sizes["sample_rates"] == {"8000": 1, "44100": 1}
+    bark, cat = read_shard(tmp_path / "out" / "train-000000.tar", 0, 2)
+    read = [soundfile.read(io.BytesIO(raw.members["flac"])) for raw in (bark, cat)]
+    assert [(samples.shape, rate) for samples, rate in read] == [((44100, 2), 44100), ((800,), 8000)]
+    stereo, _ = soundfile.read(sounds / "dogs" / "Bark 1.wav")
+    np.testing.assert_allclose(read[0][0], stereo, atol=1e-4)
+
+
+def test_original_files_are_stored_as_they_are(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 44100)
+    lines = ["audio,caption"]
+    for name in ("a.wav", "b.flac", "c.ogg", "d.mp3", "e.aiff"):
+        soundfile.write(tmp_path / name, noise, 44100)
+        lines.append(f"{name},noise")
+    (tmp_path / "a.wav").rename(tmp_path / "wrong.mp3")  # what counts is what is in it
+    lines[1] = "wrong.mp3,noise"
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    summary = pack(tmp_path / "t.csv", tmp_path, tmp_path / "out", original=True)
+    assert [(record["audio"], record["reason"][:4]) for record in summary.skipped] == [("e.aiff", "AIFF")]
+    raws = list(read_shard(tmp_path / "out" / "train-000000.tar", 0, 4))
+    for raw, extension, file in zip(
+        raws, ("wav", "flac", "ogg", "mp3"), ("wrong.mp3", "b.flac", "c.ogg", "d.mp3"), strict=True
+    ):
+        assert raw.members[extension] == (tmp_path / file).read_bytes()
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text())["sample_rate"] == 44100
+
+
+def claim_samples(flac: bytes, samples: int) -> bytes:
+    """A FLAC file whose header says that it has so many samples: the last 36 bits of 8 bytes in STREAMINFO."""
+    field = int.from_bytes(flac[18:26], "big") >> 36 << 36 | samples
+    return flac[:18] + field.to_bytes(8, "big") + flac[26:]
+
+
+def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, RATE)
+    soundfile.write(tmp_path / "good.flac", noise, RATE)
+    soundfile.write(tmp_path / "long.flac", np.zeros(3 * 3600 * 100), 100)
+    (tmp_path / "bomb.flac").write_bytes(claim_samples((tmp_path / "good.flac").read_bytes(), 2**36 - 1))
+    with (tmp_path / "large.wav").open("wb") as file:
+        file.truncate(129 * 2**20)
+    soundfile.write(tmp_path / "none.wav", noise[:0], RATE)
+    soundfile.write(tmp_path / "nan.wav", noise * np.nan, RATE, subtype="FLOAT")
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "good.flac").read_bytes()[:5000])
+    names = ["long.flac", "bomb.flac", "large.wav", "none.wav", "nan.wav", "cut.flac"]
+    table = "audio,caption_1,caption_2\n" + "".join(f"{name},words,\n" for name in names)
+    table += "good.flac,words,{}\n".format("x" * 100_000)
+    (tmp_path / "t.csv").write_bytes(table.encode() + b"good.flac,caf\xe9,\n")
+    summary = pack(tmp_path / "t.csv", tmp_path, tmp_path / "out")
+    assert [(record["audio"], record["reason"].split(":")[0]) for record in summary.skipped] == [
+        ("long.flac", "too long"),
+        ("bomb.flac", "too long"),
+        ("large.wav", "too large"),
+        ("none.wav", "empty audio"),
+        ("nan.wav", "NaN or infinite audio"),
+        ("cut.flac", "undecodable audio"),
+        ("good.flac", "a caption of 100000 characters, at most 4000 are taken"),
+        ("good.flac", "a caption that is not UTF-8"),
+    ]
+    assert summary.clips == 1
+    (good,) = read_shard(tmp_path / "out" / "train-000000.tar", 0, 1)
+    assert open_clip(good, RATE)[1]["captions"] == ["words"]
+
+
+def test_a_file_that_two_rows_reach_is_packed_once(tmp_path: Path, sounds: Path) -> None:
+    (sounds / "link.flac").symlink_to(sounds / "cat.flac")
+    (tmp_path / "t.csv").write_text("audio,caption\ncat.flac,a cat\nlink.flac,it meows\n")
+    summary = pack(tmp_path / "t.csv", sounds, tmp_path / "out")
+    assert summary.clips == 1
+    assert summary.skipped == [{"line": 3, "audio": "link.flac", "reason": "the same file as line 2"}]
+
+
+def test_urls_of_other_kinds_are_refused(tmp_path: Path, sounds: Path) -> None:
+    for url in ("file:///etc/passwd", "simplecache::http://host/x.wav", "http://host/x::file:///y"):
+        (tmp_path / "t.csv").write_text(f"audio,caption\n{url},words\n")
+        with pytest.raises(InputError, match=r"line 2: .*(is not read|leads out)|all 1 audio files"):
+            pack(tmp_path / "t.csv", sounds, tmp_path / "out")
+
+
+def test_what_is_packed_already_is_kept_until_asked(tmp_path: Path, recordings: Path) -> None:
+    first = pack(recordings / "t.csv", recordings, tmp_path, clips_per_shard=7)
+    before = contents(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    second = pack(recordings / "t.csv", recordings, tmp_path, clips_per_shard=7)
+    assert (first.kept, second.kept) == (0, 40)
+    assert (second.clips, second.skipped) == (first.clips, first.skipped)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    third = pack(recordings / "t.csv", recordings, tmp_path, clips_per_shard=7, again=True)
+    assert third.kept == 0
+    assert contents(tmp_path) == before
+    assert pack(recordings / "t.csv", recordings, tmp_path, clips_per_shard=8).kept == 0
+    assert len(ShardList.load(tmp_path).counts) == 5
+
+
+COMMAND = """
+import sys
+from ask_dist.cli import main
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
+
+
+def test_after_a_sigkill_the_next_call_goes_on_and_no_process_is_left(tmp_path: Path, recordings: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 4 * 44100)
+    lines = ["audio,caption"]
+    for number in range(60):
+        soundfile.write(tmp_path / f"{number}.wav", np.roll(noise, number), 44100)
+        lines.append(f"{number}.wav,noise number {number}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    (tmp_path / "command.py").write_text(COMMAND)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    arguments = ["pack", tmp_path / "t.csv", out, "--clips-per-shard", "2", "--processes", "2", "--sample-rate", "0"]
+    command = [sys.executable, str(tmp_path / "command.py"), *map(str, arguments)]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}) as process:
+        while len(list(out.glob(".packing/[0-9]*.json"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+    assert children
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert not (out / "sizes.json").exists()
+    done = len(list(out.glob(".packing/[0-9]*.json")))
+    assert 3 <= done < 30
+    (out / ".packing" / "000029-0000.tar").write_bytes(b"half a shard")
+    calls: list[int] = []
+    options: dict[str, Any] = {"clips_per_shard": 2, "sample_rate": 0}
+    summary = pack(tmp_path / "t.csv", tmp_path, out, progress=lambda done, _: calls.append(done), **options)
+    assert (summary.kept, summary.clips) == (2 * done, 60)
+    assert calls[0] >= 2 * done
+    pack(tmp_path / "t.csv", tmp_path, whole, **options)
+    assert contents(out) == contents(whole)
