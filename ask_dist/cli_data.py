@@ -95,3 +95,49 @@ def pack(
             processes=processes,
             again=again,
         )
+
+
+@shards_app.command("verify")
+def shards_verify(
+    folder: ShardFolder,
+    decode: Annotated[bool, typer.Option("--decode", help="decode every clip too")] = False,
+    processes: Processes = None,
+) -> None:
+    """Read every byte of a folder's shards; exit code 2 names shard and key of what is not as packed.
+
+    Example: ask-dist shards verify shards/mine/train --decode
+    """
+    from ask_dist.data.inspect.command import verify
+
+    verify(folder, decode, processes, console)
+
+
+@shards_app.command("stats")
+def shards_stats(
+    folder: ShardFolder,
+    output: Annotated[Path | None, typer.Option(help="also write the figures to this JSON file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw them into this PNG file")] = None,
+    processes: Processes = None,
+) -> None:
+    """Count clips, hours and captions, and measure lengths, levels and rates.
+
+    Example: ask-dist shards stats shards/mine/train --plot stats.png
+    """
+    from ask_dist.data.inspect.command import stats
+
+    stats(folder, output, plot, processes, console)
+
+
+@shards_app.command("show")
+def shards_show(
+    folder: ShardFolder,
+    key: Annotated[str | None, typer.Argument(help="of a clip; default: the first ten")] = None,
+    save: Annotated[Path | None, typer.Option(help="copy the audio into this folder")] = None,
+) -> None:
+    """Show what a clip's captions say.
+
+    Example: ask-dist shards show shards/mine/train dogs_bark_01 --save hits
+    """
+    from ask_dist.data.inspect.command import show
+
+    show(folder, key, save, console)

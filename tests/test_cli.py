@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip
 
 RATE = 16000
-COMMANDS = ("train", "check", "evaluate", "export", "search", "tune", "plan", "pack", "corpus")
+COMMANDS = ("train", "check", "evaluate", "export", "search", "tune", "plan", "pack", "corpus", "shards")
 
 
 def run(*arguments: str | Path) -> int:
@@ -141,6 +143,37 @@ def test_a_full_disk_under_shards_is_one_line(tmp_path, small_disk, refused):
     line = refused("pack", tmp_path / "table.csv", small_disk / "shards")
     assert f"{small_disk / 'shards'} can't be written: No space left on device (" in line
     assert "of 1 MiB free)" in line
+
+
+def test_pack_takes_a_published_table_and_names_what_it_lacks(tmp_path, capsys, refused):
+    (tmp_path / "meta").mkdir()
+    soundfile.write(tmp_path / "audio.wav", np.sin(np.arange(RATE) / 10), RATE)
+    table = tmp_path / "meta" / "esc50.csv"
+    table.write_text("filename,fold,target,category,esc10,src_file,take\naudio.wav,1,0,dog,True,1,A\n")
+    assert run("pack", table, tmp_path / "out", "--recipe", "esc50", "--audio-folder", tmp_path) == 0
+    assert "1 clips" in capsys.readouterr().out
+    line = refused("pack", table, tmp_path / "out", "--recipe", "audiocaps", "--audio-folder", tmp_path)
+    assert "no column audiocap_id" in line
+    assert "name its --recipe" in refused("pack", table, tmp_path / "out", "--beside", table)
+    assert "no audio folder" in refused("pack", table, tmp_path / "out", "--audio-folder", tmp_path / "nowhere")
+
+
+def test_shards_are_verified_shown_and_measured(tones, tmp_path, capsys, refused):
+    folder = tmp_path / "train"
+    shutil.copytree(tones / "train", folder)
+    assert run("shards", "verify", folder, "--decode") == 0
+    assert "4 shards, 16 clips, all as packed" in capsys.readouterr().out
+    assert run("shards", "show", folder, "tone-7", "--save", tmp_path / "hits") == 0
+    assert "a tone of 1109 hertz" in capsys.readouterr().out
+    assert soundfile.info(tmp_path / "hits" / "tone-7.flac").frames == RATE
+    assert run("shards", "show", folder) == 0
+    assert "tone-9" in capsys.readouterr().out
+    assert "no clip 'tone-99'" in refused("shards", "show", folder, "tone-99")
+    assert run("shards", "stats", folder, "--output", tmp_path / "s.json", "--plot", tmp_path / "s.png") == 0
+    assert "loudness" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["clips"] == 16
+    (folder / "train-000002.tar").unlink()
+    assert "1 problems, the first: train-000002.tar: is listed" in refused("shards", "verify", folder)
 
 
 def test_shards_where_a_file_is_in_the_way(tmp_path, refused):

@@ -1,0 +1,1 @@
+"""Looking into shards: are they whole, what is in them, what does a clip say."""
