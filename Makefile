@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench bench-bank requirements clean
+.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench bench-bank bench-data requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench: corpus  ## runs/bench/bench.json: trainer, loader, bank and knowledge ste
 
 bench-bank: corpus  ## runs/bench/bank.json: the bank and the refiner as a service, and the constants of `ask-dist plan`
 	$(BIN)/python -m ask_dist.bench.service
+
+bench-data: $(INSTALLED)  ## runs/bench/data.json: packing against its yardstick
+	$(BIN)/python -m ask_dist.bench.data
 
 requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 --all-extras \

@@ -73,8 +73,12 @@ def decode_channels(data: bytes, longest: float | None = None) -> Decoded:
         raise BadSample(f"undecodable audio: {error}") from None
 
 
-def check(audio: np.ndarray) -> None:
-    """Raise BadSample for audio [samples] or [samples, channels] that is empty, silent, NaN or infinite."""
+def check(audio: np.ndarray) -> float:
+    """The peak of audio [samples] or [samples, channels].
+
+    Raises:
+        BadSample: it is empty, silent, NaN or infinite.
+    """
     if audio.size == 0:
         raise BadSample("empty audio")
     peak = max(float(audio.max()), -float(audio.min()))
@@ -82,6 +86,7 @@ def check(audio: np.ndarray) -> None:
         raise BadSample("NaN or infinite audio")
     if peak < SILENCE:
         raise BadSample(f"silent audio: peak {peak:.1e}, at least {SILENCE:.0e} is needed")
+    return peak
 
 
 def resample(audio: np.ndarray, rate: int, target_rate: int) -> np.ndarray:

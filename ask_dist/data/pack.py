@@ -26,6 +26,7 @@ from ask_dist.errors import InputError
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 LONGEST_KEY = 80  # a tar name has room for 100 bytes, the extension included
 ASIDE = ".packing"
+BUFFER = 2**20  # bytes that a tar is written by; tarfile takes 16 KiB
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ def encode_clip(clip: Clip) -> EncodedClip:
         BadSample: the audio is empty, silent, NaN or infinite, or nothing that FLAC can hold.
         InputError: the key or the captions can't be stored.
     """
-    audio.check(clip.audio)
+    samples = clip.audio if audio.check(clip.audio) <= 1 else np.clip(clip.audio, -1, 1)
     flac = io.BytesIO()
     try:
-        soundfile.write(flac, np.clip(clip.audio, -1, 1), clip.sample_rate, format="FLAC", subtype="PCM_16")
+        soundfile.write(flac, samples, clip.sample_rate, format="FLAC", subtype="PCM_16")
     except soundfile.SoundFileError as error:
         raise audio.BadSample(f"can't be stored as FLAC: {error}") from None
     return EncodedClip(
@@ -115,7 +116,7 @@ class ShardWriter:
         self.size = 0
         self._path = path
         self._file = path.open("wb")
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=BUFFER)
         self._seconds = 0.0
         self._classes: Counter[str] = Counter()
         self._rates: Counter[str] = Counter()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,10 @@ def pack_rows(task: Task) -> tuple[int, dict[str, Any]]:
     tars = _Tars(task.aside, task.number, task.settings.shard_mib * 2**20)
     skipped: list[dict[str, Any]] = []
     try:
-        for row, key, data in _read_ahead(task):
+        for row, key, read in _read(task):
             captions, reasons = usable_captions(row.captions)
             try:
-                content = data.result()
+                content = read()
                 if not captions:
                     raise BadSample(reasons.pop() if reasons else "no caption")
                 tars.add(_encode(row, key, captions, content, task.settings))
@@ -110,18 +111,23 @@ class _Tars:
         return self._done
 
 
-def _read_ahead(task: Task) -> Iterator[tuple[Row, str, Future[bytes]]]:
-    """The rows with their keys and their audio, of which some more is already being read."""
-    threads = DOWNLOADS if any(map(URL.match, task.places)) else 1
-    waiting: deque[tuple[Row, str, Future[bytes]]] = deque()
-    with ThreadPoolExecutor(threads) as executor:
+def _read(task: Task) -> Iterator[tuple[Row, str, Callable[[], bytes]]]:
+    """The rows with their keys and what gives their audio; of URLs, some more is being read already."""
+    reads = [
+        functools.partial(task.source.read, place if row.audio else "")
+        for row, place in zip(task.rows, task.places, strict=True)
+    ]
+    if not any(map(URL.match, task.places)):
+        yield from zip(task.rows, task.keys, reads, strict=True)
+        return
+    waiting: deque[tuple[Row, str, Callable[[], bytes]]] = deque()
+    with ThreadPoolExecutor(DOWNLOADS) as executor:
         try:
-            for row, key, place in zip(task.rows, task.keys, task.places, strict=True):
-                waiting.append((row, key, executor.submit(task.source.read, place if row.audio else "")))
-                if len(waiting) > 2 * threads:
+            for row, key, read in zip(task.rows, task.keys, reads, strict=True):
+                waiting.append((row, key, executor.submit(read).result))
+                if len(waiting) > 2 * DOWNLOADS:
                     yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
+            yield from waiting
         finally:
             executor.shutdown(cancel_futures=True)
 

@@ -1,0 +1,32 @@
+"""`python -m ask_dist.bench.data`: the figures of packing and reading into runs/bench/data.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from ask_dist.bench.machine import machine
+from ask_dist.bench.pack import pack_vs_bare_loop
+from ask_dist.files import write_atomically
+
+FIGURES: dict[str, Callable[[], dict[str, float]]] = {"pack_vs_bare_loop": pack_vs_bare_loop}
+OUTPUT = Path("runs/bench/data.json")
+
+
+def main() -> None:
+    """Measures one thing after the other and writes what it found after each."""
+    console = Console()
+    measured: dict[str, dict] = {"machine": machine()}
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    for name, measure in FIGURES.items():
+        measured[name] = measure()
+        write_atomically(OUTPUT, json.dumps(measured, indent=1).encode())
+        parts = ", ".join(f"{part} {value:.4g}" for part, value in measured[name].items())
+        console.print(f"{name}: {parts}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
