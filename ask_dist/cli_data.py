@@ -57,6 +57,7 @@ def pack(
     keep_channels: Annotated[bool, typer.Option("--keep-channels", help="FLAC with all channels, not mono")] = False,
     clips_per_shard: Annotated[int, typer.Option(min=1, help="clips a tar file")] = 250,
     shard_mib: Annotated[int, typer.Option(min=1, help="a tar file that has reached this size ends")] = 1024,
+    key_prefix: Annotated[str, typer.Option(help="of all keys, which must be unique over folders used together")] = "",
     max_seconds: Annotated[float, typer.Option(min=0.1, help="longer audio is skipped")] = 600.0,
     max_mib: Annotated[int, typer.Option(min=1, help="larger audio files are skipped")] = 128,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds to wait for a URL")] = 30.0,
@@ -80,6 +81,7 @@ def pack(
         clips_per_shard,
         shard_mib,
         max_seconds,
+        key_prefix,
     )
     with writing(folder):
         run(

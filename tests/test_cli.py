@@ -154,7 +154,7 @@ def test_pack_takes_a_published_table_and_names_what_it_lacks(tmp_path, capsys, 
     assert "1 clips" in capsys.readouterr().out
     line = refused("pack", table, tmp_path / "out", "--recipe", "audiocaps", "--audio-folder", tmp_path)
     assert "no column audiocap_id" in line
-    assert "name its --recipe" in refused("pack", table, tmp_path / "out", "--beside", table)
+    assert "only --recipe audiosetcaps, clotho" in refused("pack", table, tmp_path / "out", "--beside", table)
     assert "no audio folder" in refused("pack", table, tmp_path / "out", "--audio-folder", tmp_path / "nowhere")
 
 

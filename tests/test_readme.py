@@ -28,7 +28,7 @@ from ask_dist.tune.space import Sweep
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "shards" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FILES = (".json", ".jsonl", ".py", ".safetensors", ".yaml")
+FILES = (".csv", ".json", ".jsonl", ".py", ".safetensors", ".yaml")
 MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 TINY = {  # what a corpus of a few tones needs beside the commands of the README
     "pack": ["--clips-per-shard", "12"],

@@ -12,7 +12,7 @@ from ask_dist.data.pack_rows import PackSettings
 from ask_dist.data.packing import QUARANTINE, pack_table
 from ask_dist.data.sources import Source
 from ask_dist.data.table import read_table
-from ask_dist.data.tables import READERS
+from ask_dist.data.tables import READERS, TAKE_BESIDE
 from ask_dist.errors import InputError
 
 
@@ -38,9 +38,9 @@ def pack(
     """
     if not source.folder.is_dir():
         raise InputError(f"no audio folder {source.folder}: correct the path")
+    if beside and recipe not in TAKE_BESIDE:
+        raise InputError(f"{beside[0]}: only --recipe {', '.join(TAKE_BESIDE)} reads files beside the table")
     if recipe is None:
-        if beside:
-            raise InputError(f"{beside[0]} stands beside no published table: name its --recipe too")
         rows = read_table(table, audio_column, caption_columns)
     else:
         rows = READERS[recipe](table, source.folder, beside)

@@ -37,6 +37,7 @@ class PackSettings:
         clips_per_shard: rows of the table a shard; what is skipped makes a shard smaller.
         shard_mib: a shard that has reached so much ends there, and another takes its rows' rest.
         max_seconds: longer audio is skipped.
+        key_prefix: what all keys begin with.
     """
 
     split: str = "train"
@@ -46,6 +47,7 @@ class PackSettings:
     clips_per_shard: int = 250
     shard_mib: int = 1024
     max_seconds: float = 600.0
+    key_prefix: str = ""
 
 
 @dataclass(frozen=True)

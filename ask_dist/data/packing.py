@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ask_dist.data.pack import ASIDE, LONGEST_KEY, WrittenShard, publish
@@ -83,6 +83,8 @@ def pack_table(
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", settings.split):
         raise InputError(f"split {settings.split!r}: use letters, digits, _ and - alone")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{0,20}", settings.key_prefix):
+        raise InputError(f"key prefix {settings.key_prefix!r}: use up to 20 letters, digits, _ and - alone")
     rows, names, refused = _wanted(rows, source, name)
     digest = _digest(rows, names, source, settings)
     if not again and (summary := _packed_before(folder, digest, len(rows))):
@@ -117,7 +119,10 @@ def _tasks(
     rows: Sequence[Row], names: Sequence[str], aside: Path, settings: PackSettings, source: Source
 ) -> Iterator[Task]:
     """The rows in runs of `clips_per_shard`."""
-    keys = make_keys(names)
+    named = [
+        f"{row.name}{PurePosixPath(name).suffix}" if row.name else name for row, name in zip(rows, names, strict=True)
+    ]
+    keys = make_keys(named, settings.key_prefix)
     for number, first in enumerate(range(0, len(rows), settings.clips_per_shard)):
         run = slice(first, first + settings.clips_per_shard)
         yield Task(number, tuple(rows[run]), tuple(names[run]), tuple(keys[run]), aside, settings, source)
@@ -185,13 +190,13 @@ def _digest(rows: Sequence[Row], names: Sequence[str], source: Source, settings:
     given = [VERSION, asdict(settings), str(source.folder.resolve()), source.most_bytes]
     digest = hashlib.blake2b(json.dumps(given).encode(), digest_size=16)
     for row, name in zip(rows, names, strict=True):
-        digest.update(json.dumps([row.line, name, row.captions, row.classes, row.extra]).encode())
+        digest.update(json.dumps([row.line, name, row.name, row.captions, row.classes, row.extra]).encode())
     return digest.hexdigest()
 
 
-def make_keys(names: Sequence[str]) -> list[str]:
+def make_keys(names: Sequence[str], prefix: str = "") -> list[str]:
     """A valid, unique key for each path or URL; one gets the same key wherever it stands in the table."""
-    plain = [re.sub(r"[^A-Za-z0-9_-]+", "_", _stem(name)).strip("_") for name in names]
+    plain = [prefix + re.sub(r"[^A-Za-z0-9_-]+", "_", _stem(name)).strip("_") for name in names]
     shared = Counter(plain)
     return [
         key if key and len(key) <= LONGEST_KEY and shared[key] == 1 else f"{key[: LONGEST_KEY - 17]}-{_short(name)}"

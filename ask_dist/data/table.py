@@ -29,6 +29,7 @@ class Row:
         captions: each once. What was not UTF-8 in the table is in them as surrogates.
         classes: what sounds in it.
         extra: what else its clip's JSON says.
+        name: what its key is made from; "" for its audio.
         refused: why it is not to be packed; "" where nothing is known against it.
     """
 
@@ -37,6 +38,7 @@ class Row:
     captions: list[str]
     classes: list[str]
     extra: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
     refused: str = ""
 
 

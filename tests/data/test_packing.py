@@ -298,3 +298,11 @@ def test_after_a_sigkill_the_next_call_goes_on_and_no_process_is_left(tmp_path: 
     assert calls[0] >= 2 * done
     pack(tmp_path / "t.csv", tmp_path, whole, **options)
     assert contents(out) == contents(whole)
+
+
+def test_keys_may_have_a_prefix_and_come_from_urls() -> None:
+    names = ["https://host.org/a/x.wav?size=1", "https://host.org/a/x.wav?size=2", "s3://bucket/b/y.flac", "z.wav"]
+    keys = make_keys(names, "web-")
+    assert keys[2:] == ["web-bucket_b_y", "web-z"]
+    assert all(key.startswith("web-host_org_a_x-") for key in keys[:2])
+    assert keys[0] != keys[1]

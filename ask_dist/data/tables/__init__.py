@@ -27,6 +27,7 @@ class Reader(Protocol):
         ...
 
 
+TAKE_BESIDE = ("audiosetcaps", "clotho", "wavcaps")
 READERS: dict[str, Reader] = {
     "audiocaps": audiocaps.read,
     "audiosetcaps": audiosetcaps.read,

@@ -24,7 +24,8 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
         require(table, cells, COLUMNS)
         number, video, start = (str(cells[name]).strip() for name in COLUMNS[:3])
         clip = video, start
-        row = rows.setdefault(clip, Row(line, "", [], [], {"youtube_id": video, "start_time": start}))
+        extra = {"youtube_id": video, "start_time": start}
+        row = rows.setdefault(clip, Row(line, "", [], [], extra, f"audiocaps-{video}_{start}"))
         row.captions = joined(row.captions, texts(cells["caption"]))
         names.setdefault(clip, [f"{video}_{start}", f"Y{video}_{start}", video, f"Y{video}"]).append(number)
     for clip, row in rows.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ask_dist.data.table import Row, joined, read_lines, require, texts
@@ -10,14 +10,26 @@ from ask_dist.data.tables.find_audio import AudioFiles
 
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
-    """See Reader. The audio is called as its `id`, with the Y that stands before AudioSet's ids or without it."""
+    """See Reader. The audio is called as its `id`, with the Y that stands before AudioSet's ids or without it.
+
+    Beside it may stand tables with a column `youtube_id`, such as AudioCaps' test split: these clips are not packed.
+    """
+    held_out = {video: path for path in beside for video in _videos(path)}
     files = AudioFiles(audio_folder)
     rows: dict[str, Row] = {}
     for line, cells in read_lines(table):
         require(table, cells, ("id", "caption"))
         clip = str(cells["id"]).strip()
-        row = rows.setdefault(clip, Row(line, "", [], [], {"id": clip}))
+        row = rows.setdefault(clip, Row(line, "", [], [], {"id": clip}, f"audiosetcaps-{clip}"))
         row.captions = joined(row.captions, texts(cells["caption"]))
     for clip, row in rows.items():
         files.give(row, [clip, clip.removeprefix("Y")])
+        if clip.removeprefix("Y") in held_out:
+            row.refused = f"in {held_out[clip.removeprefix('Y')].name}"
     return list(rows.values())
+
+
+def _videos(path: Path) -> Iterator[str]:
+    for _, cells in read_lines(path):
+        require(path, cells, ("youtube_id",))
+        yield str(cells["youtube_id"]).strip()

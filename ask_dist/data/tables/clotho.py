@@ -22,7 +22,7 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
         require(table, cells, ("file_name", "caption_1"))
         name = str(cells["file_name"])
         captions = joined(*(texts(cells[column]) for column in cells if CAPTION_COLUMN.fullmatch(column)))
-        rows[name] = Row(line, name, captions, [], metadata.get(name, {}))
+        rows[name] = Row(line, name, captions, [], metadata.get(name, {}), f"clotho-{Path(name).stem}")
         files.give(rows[name], [Path(name).stem, Path(name.strip()).stem])
     return list(rows.values())
 

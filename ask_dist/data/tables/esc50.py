@@ -18,7 +18,8 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
     for line, cells in read_lines(table):
         require(table, cells, ("filename", "fold", "category"))
         name = cells["category"].replace("_", " ")
-        row = Row(line, "", [TEMPLATE.format(name)], [name], {"fold": cells["fold"]})
-        files.give(row, [Path(cells["filename"]).stem])
+        stem = Path(cells["filename"]).stem
+        row = Row(line, "", [TEMPLATE.format(name)], [name], {"fold": cells["fold"]}, f"esc50-{stem}")
+        files.give(row, [stem])
         rows.append(row)
     return rows

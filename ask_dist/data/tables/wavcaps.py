@@ -11,9 +11,9 @@ from ask_dist.data.table import Row, texts
 from ask_dist.data.tables.find_audio import AudioFiles
 from ask_dist.errors import InputError
 
-# What begins the published file's name, and the source that the blacklists call it. Others stand in no blacklist, but
-# have ids that look like Freesound's.
-SOURCES = {"as": "AudioSet", "fsd": "FreeSound", "bbc": "", "sb": ""}
+# What begins the published file's name, and what the blacklists call the source. BBC and SoundBible stand in none of
+# them, but have ids that look like Freesound's.
+SOURCES = {"as": "AudioSet", "fsd": "FreeSound", "bbc": "BBC", "sb": "SoundBible"}
 
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
@@ -21,13 +21,20 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
 
     Blacklists may stand beside it; the clips that they name are not packed. The audio is called as its `id`.
     """
-    banned = {name: path for path in beside for name in _blacklist(path, table)}
+    source = SOURCES.get(table.name.partition("_")[0])
+    if source is None:
+        raise InputError(
+            f"{table}: its source is told by its published name, {', '.join(SOURCES)}_final.json; rename it"
+        )
+    banned = {name: path for path in beside for name in _blacklist(path, source)}
     files = AudioFiles(audio_folder)
     rows: dict[str, Row] = {}
     for number, item in enumerate(_items(table), 1):
         clip = str(item["id"])
         stem = clip.removesuffix(".wav")
-        row = rows.setdefault(clip, Row(number, "", texts(item["caption"]), [], {"id": clip}))
+        row = rows.setdefault(
+            clip, Row(number, "", texts(item["caption"]), [], {"id": clip}, f"{source.lower()}-{stem}")
+        )
         files.give(row, [stem])
         if clip in banned:
             row.refused = f"in {banned[clip].name}"
@@ -45,11 +52,8 @@ def _items(table: Path) -> list[dict[str, Any]]:
     return items
 
 
-def _blacklist(path: Path, table: Path) -> list[str]:
-    """The ids that a blacklist has of the table's source."""
-    source = SOURCES.get(table.name.partition("_")[0])
-    if source is None:
-        raise InputError(f"{table}: a blacklist needs the table's published name, {', '.join(SOURCES)}_final.json")
+def _blacklist(path: Path, source: str) -> list[str]:
+    """The ids that a blacklist has of a source."""
     content = _json(path)
     if not isinstance(content, dict) or not all(isinstance(ids, list) for ids in content.values()):
         raise InputError(f"{path} is no blacklist: an object with a list of ids for each source is needed")

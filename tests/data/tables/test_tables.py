@@ -79,6 +79,8 @@ def test_audiosetcaps_ids_have_a_y_in_audioset_alone(tmp_path):
         ("YAbCdEfGhIjK.flac", ["A dog."]),
         ("OxPnZzn1_L8_000883.wav", ["A horn."]),
     ]
+    test = write(tmp_path / "test.csv", "audiocap_id,youtube_id,start_time,caption\n1,AbCdEfGhIjK,30,A dog barks\n")
+    assert [row.refused for row in READERS["audiosetcaps"](table, audio, [test])][:3] == ["", "in test.csv", ""]
 
 
 def test_clotho_has_five_captions_a_clip_and_metadata_in_latin_1(tmp_path):
@@ -135,7 +137,7 @@ def test_wavcaps_drops_what_the_blacklists_have_of_its_own_source(tmp_path):
     assert seen(read(audioset, audio, lists)) == [("Yother.flac", ["Sound Yother.wav."])]
     assert len(seen(read(soundbible, audio, lists))) == 2  # its 201 is not Freesound's
     assert len(seen(read(freesound, audio))) == 3
-    with pytest.raises(InputError, match="needs the table's published name"):
+    with pytest.raises(InputError, match="its source is told by its published name"):
         read(freesound.rename(tmp_path / "mine.json"), audio, lists)
 
 
@@ -146,10 +148,10 @@ def test_wavcaps_drops_what_the_blacklists_have_of_its_own_source(tmp_path):
         ("audiosetcaps", "t.csv", "id,captions\nx,y\n", "no column caption among id, captions"),
         ("clotho", "t.csv", "file_name,caption\nx,y\n", "no column caption_1"),
         ("esc50", "t.csv", "filename,category\nx,y\n", "no column fold"),
-        ("wavcaps", "t.json", "version https://git-lfs.github.com/spec/v1", "is not JSON"),
-        ("wavcaps", "t.json", '{"data": []}', "no list of clips"),
-        ("wavcaps", "t.json", '{"data": [{"id": "1"}]}', "clip 1 has no id and caption"),
-        ("wavcaps", "missing/t.json", None, "No such file"),
+        ("wavcaps", "sb_final.json", "version https://git-lfs.github.com/spec/v1", "is not JSON"),
+        ("wavcaps", "sb_final.json", '{"data": []}', "no list of clips"),
+        ("wavcaps", "sb_final.json", '{"data": [{"id": "1"}]}', "clip 1 has no id and caption"),
+        ("wavcaps", "missing/sb_final.json", None, "No such file"),
     ],
 )
 def test_what_was_not_published_like_this_is_named(tmp_path, recipe, name, text, message):
@@ -179,5 +181,7 @@ def test_a_published_table_becomes_shards_with_what_was_refused_named(tmp_path):
         (1, "in blacklist.json"),
         (3, "no audio file is called 1000"),
     ]
+    assert [row.name for row in rows] == ["freesound-201", "freesound-999", "freesound-1000"]
     (raw,) = read_shard(tmp_path / "out" / "train-000000.tar", 0, 1)
+    assert raw.key == "freesound-999"
     assert open_clip(raw, RATE)[1] == {"id": "999", "captions": ["Sound 999."], "classes": []}
