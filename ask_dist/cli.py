@@ -342,6 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         if stop.code != INTERRUPTED:
             raise
-        Console(stderr=True).print("interrupted; continue with --resume", highlight=False)
+        message = "interrupted; run the command again to go on (train and tune: with --resume)"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(1)
     return 0

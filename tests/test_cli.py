@@ -230,4 +230,4 @@ def test_ctrl_c_exits_with_1_and_one_line(tmp_path):
             assert process.stderr is not None
             message = process.stderr.read()
         assert process.wait() == 1
-    assert message.splitlines() == ["interrupted; continue with --resume"]
+    assert message.splitlines() == ["interrupted; run the command again to go on (train and tune: with --resume)"]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -258,6 +261,24 @@ def test_what_is_packed_already_is_kept_until_asked(tmp_path: Path, recordings: 
     assert contents(tmp_path) == before
     assert pack(recordings / "t.csv", recordings, tmp_path, clips_per_shard=8).kept == 0
     assert len(ShardList.load(tmp_path).counts) == 5
+
+
+def test_urls_are_packed_in_the_order_of_the_table_and_failures_named(tmp_path: Path, recordings: Path) -> None:
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(recordings))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        names = ["gone.wav", *(f"{number}.wav" for number in range(30))]
+        lines = [json.dumps({"audio": f"{address}/{name}", "caption": f"noise {name}"}) for name in names]
+        (tmp_path / "t.jsonl").write_text("\n".join(lines))
+        summary = pack(tmp_path / "t.jsonl", tmp_path, tmp_path / "out", processes=2, clips_per_shard=20)
+        server.shutdown()
+    reasons = {record["audio"].rsplit("/")[-1]: record["reason"].split(":")[0] for record in summary.skipped}
+    assert reasons == {"gone.wav": "unreadable URL"} | {f"{number}.wav": "silent audio" for number in range(4, 30, 5)}
+    first, second = (raw.members["flac"] for raw in read_shard(tmp_path / "out" / "train-000000.tar", 0, 2))
+    for number, flac in enumerate((first, second)):
+        expected, _ = soundfile.read(recordings / f"{number}.wav")
+        np.testing.assert_allclose(soundfile.read(io.BytesIO(flac))[0], expected, atol=1e-4)
 
 
 COMMAND = """

@@ -79,7 +79,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr
-    assert stderr.splitlines()[-1] == "interrupted; continue with --resume"
+    assert stderr.splitlines()[-1] == "interrupted; run the command again to go on (train and tune: with --resume)"
 
 
 def refused(process: subprocess.Popen[str]) -> str:
