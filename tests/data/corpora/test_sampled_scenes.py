@@ -36,7 +36,7 @@ def descriptions(folder: Path) -> list[dict[str, Any]]:
 
 
 def audio_of(scene: Scene, seconds: float = 2.0) -> np.ndarray:
-    return soundfile.read(io.BytesIO(render(scene, seconds).flac), dtype="float32")[0]
+    return soundfile.read(io.BytesIO(render(scene, seconds).audio), dtype="float32")[0]
 
 
 def scene_of(*events: Event, seed: int = 0) -> Scene:
