@@ -70,8 +70,8 @@ bench-data: $(INSTALLED)  ## runs/bench/data.json: packing against its yardstick
 	$(BIN)/python -m ask_dist.bench.data
 
 requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 --all-extras \
-	  -o requirements.txt pyproject.toml
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 \
+	  --extra corpora --extra pretrained --extra dev -o requirements.txt pyproject.toml
 
 clean:  ## remove the environment, shards and runs
 	rm -rf $(VENV) runs .cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ask_dist.errors import InputError
 
@@ -20,6 +20,25 @@ Positive = Annotated[float, Field(gt=0.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def _place(value: Any) -> Path | str:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("name a folder or the URL of one")
+    return str(value) if "://" in str(value) else Path(value)
+
+
+def _places(value: Any) -> Path | str | tuple[Path | str, ...]:
+    if not isinstance(value, list | tuple):
+        return _place(value)
+    if not value:
+        raise ValueError("name at least one folder")
+    return tuple(map(_place, value))
+
+
+# Shards: a folder, the URL of one, or a pattern of either (`{a,b}`, `*`). In Places, or several of these.
+Place = Annotated[Path | str, BeforeValidator(_place)]
+Places = Annotated[Path | str | tuple[Path | str, ...], BeforeValidator(_places)]
 
 
 class Section(BaseModel):
@@ -46,15 +65,21 @@ class Cluster(Section):
 class Data(Section):
     """Where the shards are and how they are read."""
 
-    train: Path
-    validation: Path | None = None
-    test: Path | None = None
+    train: Places
+    weights: tuple[Positive, ...] | None = Field(
+        None, description="how often an epoch meets each clip of each entry of train; fractions are allowed"
+    )
+    validation: Place | None = None
+    test: Place | None = None
     sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = Field(16000, description="Hz")
     clip_seconds: Annotated[float, Field(ge=0.1)] = 4.0
     lanes: Count = Field(8, description="streams a global batch is drawn from; a multiple of num_workers")
     shuffle_window: Count = Field(512, description="samples shuffled together within a lane")
     loader_processes: Annotated[int, Field(ge=0)] = Field(0, description="decoding processes a worker")
     max_bad_share: Share = Field(0.01, description="share of unreadable samples above which the run stops")
+    max_clip_seconds: Positive = Field(600.0, description="longer audio is not decoded and counts as unreadable")
+    cache_dir: Path | None = Field(None, description="of shards behind URLs; null: ~/.cache/ask-dist/shards")
+    cache_gib: Positive = Field(20.0, description="size of that folder, beyond the shards that are being read")
 
 
 class AudioModel(Section):
@@ -200,9 +225,8 @@ class Config(Section):
         """The same run with absolute paths, for processes that have another working folder."""
         tree = self.model_dump(mode="json")
         tree["output_dir"] = str(self.output_dir.absolute())
-        for split in ("train", "validation", "test"):
-            if tree["data"][split] is not None:
-                tree["data"][split] = str(Path(tree["data"][split]).absolute())
+        for key in ("train", "validation", "test", "cache_dir"):
+            tree["data"][key] = _anchored(getattr(self.data, key))
         for tower in (tree["model"]["audio"], tree["model"]["text"]):
             if tower["source"] is not None and Path(tower["source"]).exists():  # else the id of a hub
                 tower["source"] = str(Path(tower["source"]).absolute())
@@ -220,6 +244,9 @@ class Config(Section):
                 f"the global batch of {self.global_batch_size} (optimization.micro_batch_size x cluster.num_workers) "
                 f"is no multiple of data.lanes={lanes}; set optimization.micro_batch_size={fit} or other lanes"
             )
+        sources = len(self.data.train) if isinstance(self.data.train, tuple) else 1
+        if self.data.weights is not None and len(self.data.weights) != sources:
+            raise ValueError(f"data.weights has {len(self.data.weights)} numbers for {sources} entries of data.train")
         if self.model.text.width % self.model.text.heads:
             text = self.model.text
             raise ValueError(f"model.text.width={text.width} is no multiple of model.text.heads={text.heads}")
@@ -231,6 +258,13 @@ class Config(Section):
         if self.optimization.precision == "bf16" and self.cluster.use_gpu is False:
             raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
         return self
+
+
+def _anchored(place: Any) -> Any:
+    """A place, or several, with local paths absolute."""
+    if isinstance(place, tuple):
+        return tuple(map(_anchored, place))
+    return place.absolute() if isinstance(place, Path) else place
 
 
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.lanes import Cut, LaneReader, Part
 from ask_dist.data.order import Order, lanes_of
 from ask_dist.data.prefetch import prefetched
-from ask_dist.data.samples import Raw, open_clip, read_shard
+from ask_dist.data.quarantine import BadSamples, Record
+from ask_dist.data.samples import MAX_SECONDS, Raw, open_clip, read_clips
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 
 FEW_BAD = 20  # so many must be bad before an epoch is over, lest one early bad clip stop a run
-NO_ID = -1
+RESTARTS = 2  # of decoding processes that died at one step
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,29 +76,6 @@ class EvalBatch:
     shards: list[str]
 
 
-@dataclass
-class BadSamples:
-    """The bad samples that a loader met.
-
-    Attributes:
-        delivered: samples delivered so far, bad ones included.
-        count: how many of them were bad.
-        records: {"shard", "key", "reason"}, each once.
-    """
-
-    delivered: int = 0
-    count: int = 0
-    records: list[dict[str, str]] = field(default_factory=list)
-
-    def note(self, delivered: int, bad: list[dict[str, str]]) -> None:
-        """Count a batch."""
-        self.delivered += delivered
-        self.count += len(bad)
-        for record in bad:
-            if record not in self.records:
-                self.records.append(record)
-
-
 class TrainLoader:
     """One rank's endless stream of training batches; see order.py for what is in which batch.
 
@@ -112,9 +93,11 @@ class TrainLoader:
         shuffle_window: clips shuffled together in a lane.
         processes: that decode; 0 decodes in a thread. The batches are the same.
         max_bad_share: more bad samples than this share stop the run.
+        max_clip_seconds: longer audio is bad; see audio.decode.
+        quarantine: file that gets a line for each bad sample, or None.
 
     Raises:
-        InputError: the batch, the lanes and the ranks don't fit together.
+        InputError: the batch, the lanes and the ranks don't fit together, or the weights leave no clip.
     """
 
     def __init__(
@@ -131,6 +114,8 @@ class TrainLoader:
         shuffle_window: int = 512,
         processes: int = 0,
         max_bad_share: float = 0.01,
+        max_clip_seconds: float = MAX_SECONDS,
+        quarantine: Path | None = None,
     ) -> None:
         own = lanes_of(rank, world_size, lanes)
         global_batch = micro_batch_size * world_size
@@ -139,13 +124,16 @@ class TrainLoader:
                 f"a global batch of {global_batch} ({micro_batch_size} x {world_size} ranks) over {lanes} lanes: "
                 f"make micro_batch_size a multiple of {lanes // world_size}"
             )
-        order = Order(shards.counts, seed, lanes, global_batch // lanes, shuffle_window)
+        order = Order(shards.counts, seed, lanes, global_batch // lanes, shuffle_window, shards.weights)
+        if not order.clips:
+            raise InputError("the weights leave no clip of the training shards: raise data.weights")
         self.steps_per_epoch = order.steps_per_epoch
-        self.bad = BadSamples()
+        self.bad = BadSamples(quarantine)
         self._clips_per_epoch = sum(order.lane_length(lane) for lane in own)
         self._processes = min(processes, len(own))
         self._max_bad_share = max_bad_share
-        self._reader = _LaneReader(shards, order, own, sample_rate, round(clip_seconds * sample_rate))
+        cut = Cut(sample_rate, round(clip_seconds * sample_rate), max_clip_seconds)
+        self._reader = LaneReader(shards, order, own, cut)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches from a global step on, exactly those of an uninterrupted stream; it never ends.
@@ -154,16 +142,32 @@ class TrainLoader:
             InputError: too many samples are bad.
         """
         with closing(prefetched(self._merged(start_step))) as batches:
-            for batch, bad in batches:
-                self.bad.note(int(batch.valid.sum()) + len(bad), bad)
+            for batch, bad, notices in batches:
+                self.bad.note(int(batch.valid.sum()) + len(bad), bad, notices)
                 self._check_bad()
                 yield batch
 
-    def _merged(self, start_step: int) -> Iterator[tuple[Batch, list[dict[str, str]]]]:
-        parts = self._parts(start_step)
-        for step in itertools.count(start_step):
-            now = list(itertools.islice(parts, max(1, self._processes)))
-            yield merge(now, step // self.steps_per_epoch, step), [record for part in now for record in part.bad]
+    def _merged(self, start_step: int) -> Iterator[tuple[Batch, list[Record], list[Record]]]:
+        for step, now in self._steps(start_step):
+            bad = [record for part in now for record in part.bad]
+            yield merge(now, step // self.steps_per_epoch, step), bad, [n for part in now for n in part.notices]
+
+    def _steps(self, start_step: int) -> Iterator[tuple[int, list[Part]]]:
+        """The parts of each step. Decoding processes that die (of want of memory, say) are replaced, at their step."""
+        step, deaths = start_step, 0
+        parts = self._parts(step)
+        while True:
+            try:
+                now = list(itertools.islice(parts, max(1, self._processes)))
+            except RuntimeError as error:
+                deaths += 1
+                if not str(error).startswith("DataLoader worker") or deaths > RESTARTS:
+                    raise
+                log.warning("%s; decoding goes on at step %d with new processes", error, step)
+                parts = self._parts(step)
+                continue
+            yield step, now
+            step, deaths = step + 1, 0
 
     def _parts(self, start_step: int) -> Iterator[Part]:
         """For each step one part, or one from each decoding process, in the order of the lanes."""
@@ -183,19 +187,6 @@ class TrainLoader:
                 f"{bad.count} of {bad.delivered} samples are bad, over max_bad_share {self._max_bad_share}; the last: "
                 f"{last['shard']} {last['key']} ({last['reason']}); pack the shards again or raise max_bad_share"
             )
-
-
-@dataclass
-class Part:
-    """The clips of some lanes at one step; an invalid one has zeros and ""."""
-
-    ids: list[int]
-    keys: list[str]
-    audio: torch.Tensor
-    captions: list[str]
-    valid: list[bool]
-    swapped: list[bool]
-    bad: list[dict[str, str]]
 
 
 def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
@@ -221,85 +212,6 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     )
 
 
-class _LaneReader(IterableDataset[Part]):
-    """Reads and decodes a rank's lanes; in a DataLoader process, that process's share of them."""
-
-    def __init__(
-        self, shards: ShardList, order: Order, lanes: range, sample_rate: int, samples: int, start_step: int = 0
-    ) -> None:
-        self._shards, self._order, self._lanes = shards, order, lanes
-        self._sample_rate, self._samples, self._start_step = sample_rate, samples, start_step
-
-    def starting_at(self, step: int) -> _LaneReader:
-        return _LaneReader(self._shards, self._order, self._lanes, self._sample_rate, self._samples, step)
-
-    def __iter__(self) -> Iterator[Part]:
-        lanes = self._lanes
-        worker = get_worker_info()
-        if worker is not None:
-            first, last = (len(lanes) * index // worker.num_workers for index in (worker.id, worker.id + 1))
-            lanes = lanes[first:last]
-        streams = [self._lane(lane) for lane in lanes]
-        for step in itertools.count(self._start_step):
-            raws = [next(stream) for stream in streams for _ in range(self._order.per_lane)]
-            yield self._decode(raws, step // self._order.steps_per_epoch)
-
-    def _lane(self, lane: int) -> Iterator[Raw | None]:
-        """A lane's clips through all epochs; None where it is shorter than the epoch's steps ask for."""
-        order = self._order
-        places = order.steps_per_epoch * order.per_lane
-        epoch, step = divmod(self._start_step, order.steps_per_epoch)
-        skip = step * order.per_lane
-        while True:
-            yield from self._epoch(epoch, lane, skip)
-            yield from itertools.repeat(None, places - max(skip, order.lane_length(lane)))
-            epoch, skip = epoch + 1, 0
-
-    def _epoch(self, epoch: int, lane: int, skip: int) -> Iterator[Raw]:
-        order = self._order
-        lane_start, lane_stop = order.lane_bounds(lane)
-        blocks = [(number, *block) for number, block in enumerate(order.blocks(lane)) if block[1] > skip]
-        if not blocks:
-            return
-        pieces = order.pieces(epoch, lane_start + blocks[0][1], lane_stop)
-        raws = itertools.chain.from_iterable(
-            read_shard(self._shards.paths[shard], first, count) for shard, first, count in pieces
-        )
-        for number, start, stop in blocks:
-            block: list[Any] = list(itertools.islice(raws, stop - start))
-            for place in order.block_order(epoch, lane, number, stop - start)[max(0, skip - start) :]:
-                yield block[place]
-                block[place] = None  # free its bytes
-
-    def _decode(self, raws: Sequence[Raw | None], epoch: int) -> Part:
-        size = len(raws)
-        # Not zeros: fresh zeroed pages for each batch cost more than filling recycled memory.
-        audio = torch.empty(size, self._samples)
-        part = Part([NO_ID] * size, [""] * size, audio, [""] * size, [False] * size, [False] * size, [])
-        waveforms = audio.numpy()
-        for place, raw in enumerate(raws):
-            if raw is not None:
-                try:
-                    self._fill(part, waveforms, place, raw, epoch)
-                except BadSample as error:
-                    part.bad.append({"shard": raw.shard, "key": raw.key, "reason": str(error)})
-            if not part.valid[place]:
-                waveforms[place] = 0
-        return part
-
-    def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, epoch: int) -> None:
-        audio, description = open_clip(raw, self._sample_rate)
-        clip_id, captions = stable_id(raw.key), description["captions"]
-        # Making a generator takes 6% of the time of decoding four seconds: only where there is something to draw.
-        drawn = len(captions) > 1 or len(audio) > self._samples
-        rng = self._order.clip_rng(epoch, clip_id) if drawn else None
-        part.captions[place] = captions[rng.integers(len(captions)) if rng else 0]
-        waveforms[place] = fit_length(audio, self._samples, rng)
-        part.ids[place], part.keys[place] = clip_id, raw.key
-        part.swapped[place] = bool(description.get("swapped", False))
-        part.valid[place] = True
-
-
 class EvalLoader:
     """One rank's contiguous part of a split, in the order of the shards, cropped in the middle.
 
@@ -311,6 +223,7 @@ class EvalLoader:
         sample_rate: in Hz; clips at another rate are resampled.
         clip_seconds: longer clips are cut, shorter ones padded.
         limit: only the first so many clips of the split, or None for all.
+        max_clip_seconds: longer audio is bad; see audio.decode.
     """
 
     def __init__(
@@ -323,10 +236,11 @@ class EvalLoader:
         sample_rate: int,
         clip_seconds: float,
         limit: int | None = None,
+        max_clip_seconds: float = MAX_SECONDS,
     ) -> None:
         self.bad = BadSamples()
         self._shards, self._batch_size, self._sample_rate = shards, batch_size, sample_rate
-        self._samples = round(clip_seconds * sample_rate)
+        self._samples, self._max_seconds = round(clip_seconds * sample_rate), max_clip_seconds
         clips = shards.clips if limit is None else min(limit, shards.clips)
         self._first, self._last = rank * clips // world_size, (rank + 1) * clips // world_size
 
@@ -356,15 +270,19 @@ class EvalLoader:
             )
 
     def _clips(self) -> Iterator[tuple[Raw, torch.Tensor, dict[str, Any]]]:
+        for raw in self._raws():
+            try:
+                audio, description = open_clip(raw, self._sample_rate, self._max_seconds)
+            except BadSample as error:
+                self.bad.note(1, [{"shard": raw.shard, "key": raw.key, "reason": str(error)}])
+                continue
+            self.bad.note(1, [])
+            yield raw, torch.from_numpy(fit_length(audio, self._samples, None)), description
+
+    def _raws(self) -> Iterator[Raw]:
         start = 0
-        for path, count in zip(self._shards.paths, self._shards.counts, strict=True):
+        for shard, count in enumerate(self._shards.counts):
             first, last = max(self._first, start), min(self._last, start + count)
-            for raw in read_shard(path, first - start, last - first) if first < last else ():
-                try:
-                    audio, description = open_clip(raw, self._sample_rate)
-                except BadSample as error:
-                    self.bad.note(1, [{"shard": raw.shard, "key": raw.key, "reason": str(error)}])
-                    continue
-                self.bad.note(1, [])
-                yield raw, torch.from_numpy(fit_length(audio, self._samples, None)), description
+            if first < last:
+                yield from read_clips(self._shards, shard, first - start, last - first)
             start += count

@@ -4,70 +4,149 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ask_dist.data import audio
 from ask_dist.data.audio import BadSample
+from ask_dist.data.shards import ShardList
+from ask_dist.data.tar import Member, members
+
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+SOUNDS = ("flac", "wav", "ogg", "mp3")
+# What a member may weigh: larger ones are named and never read.
+LARGEST = {"json": 1 << 20} | dict.fromkeys(SOUNDS, 1 << 28)
+LONGEST_CAPTION = 10_000  # characters
+MAX_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Raw:
-    """The undecoded members of one clip; when the shard could not be read this far, `problem` says so instead."""
+    """The undecoded members of one clip by extension; where the clip could not be read, `problem` says why instead."""
 
     shard: str
     key: str
     members: dict[str, bytes] = field(repr=False)
     problem: str | None = None
 
+    @property
+    def sound(self) -> bytes:
+        """The encoded audio.
 
-def read_shard(path: Path, first: int, count: int) -> Iterator[Raw]:
-    """Clips first..first+count of a tar, always `count` of them: those that can't be read have a `problem`."""
-    problems: list[str] = []
+        Raises:
+            BadSample: there is none, or more than one.
+        """
+        found = [self.members[name] for name in SOUNDS if name in self.members]
+        if len(found) != 1:
+            raise BadSample(f"{'several sounds' if found else 'no sound'}: one .{', .'.join(SOUNDS)} is needed")
+        return found[0]
 
-    def note(error: Exception) -> bool:
-        problems.append(str(error.args[0]) if error.args else type(error).__name__)
-        return True
 
-    done = 0
+def read_clips(shards: ShardList, shard: int, first: int, count: int, name: str | None = None) -> Iterator[Raw]:
+    """Clips first..first+count of a listed shard, wherever it lies; else as `read_shard`."""
+    name = name or shards.names[shard]
+    try:
+        with shards.at_hand(shard) as path:
+            yield from read_shard(path, first, count, name)
+    except BadSample as error:  # a shard that can't be had
+        yield from itertools.repeat(Raw(name, "", {}, str(error)), count)
+
+
+def read_shard(path: Path, first: int, count: int, name: str | None = None) -> Iterator[Raw]:
+    """Clips first..first+count of a tar, always `count` of them: those that can't be read have a `problem`.
+
+    A clip is a run of members with one key. Members that are neither a sound nor JSON are never opened. The clips'
+    `shard` is `name`, by default that of the file.
+    """
+    name, done, reason = name or path.name, 0, ""
     try:
         with path.open("rb") as stream:
-            files = tar_file_expander([{"url": str(path), "stream": stream}], handler=note)
-            for sample in itertools.islice(group_by_keys(files, handler=note), first, first + count):
-                yield Raw(path.name, sample["__key__"], sample)
+            for key, found, repeated in itertools.islice(_clips(stream), first, first + count):
+                yield _read(stream, name, key, found, repeated)
                 done += 1
     except OSError as error:
-        note(error)
+        reason = f": {error.strerror}"
     if done < count:
-        problem = f"the shard could be read up to clip {first + done} only" + "".join(f": {p}" for p in problems[:1])
-        yield from itertools.repeat(Raw(path.name, "", {}, problem), count - done)
+        problem = f"the shard could be read up to clip {first + done} only{reason}"
+        yield from itertools.repeat(Raw(name, "", {}, problem), count - done)
 
 
-def open_clip(raw: Raw, sample_rate: int) -> tuple[np.ndarray, dict[str, Any]]:
+def _clips(stream: BinaryIO) -> Iterator[tuple[str, list[tuple[str, Member]], bool]]:
+    """Key, members with their extensions, and whether the key was in the shard before."""
+    named = ((*_key_and_extension(member.name), member) for member in members(stream))
+    seen: set[str] = set()
+    for key, group in itertools.groupby((entry for entry in named if entry[1] in LARGEST), key=lambda entry: entry[0]):
+        yield key, [(extension, member) for _, extension, member in group], key in seen
+        seen.add(key)
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    key, _, extension = name.partition(".")
+    return key, extension.lower()
+
+
+def _read(stream: BinaryIO, shard: str, key: str, found: Sequence[tuple[str, Member]], repeated: bool) -> Raw:
+    if not KEY.fullmatch(key):
+        return Raw(shard, ascii(key)[1:101], {}, "the key is not 1 to 80 of A-Z, a-z, 0-9, _ and -")
+    contents: dict[str, bytes] = {}
+    for extension, member in found:
+        if repeated or extension in contents:
+            return Raw(shard, key, {}, "the key occurs twice in the shard")
+        if member.size > LARGEST[extension]:
+            limit = LARGEST[extension] >> 20
+            return Raw(shard, key, {}, f"its .{extension} has {member.size} bytes, over the limit of {limit} MiB")
+        stream.seek(member.offset)
+        contents[extension] = stream.read(member.size)
+        if len(contents[extension]) < member.size:
+            return Raw(shard, key, {}, f"the shard ends in its .{extension}")
+    return Raw(shard, key, contents)
+
+
+def open_clip(raw: Raw, sample_rate: int, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, dict[str, Any]]:
     """Decode a clip.
 
     Returns:
-        float32 [samples] at `sample_rate`, and the JSON description, whose captions are a list of non-empty strings.
+        float32 [samples] at `sample_rate`, and the JSON description, whose captions are a list of non-empty strings
+        and whose classes, where it has some, a list of strings.
 
     Raises:
         BadSample: whatever keeps the clip from being used.
     """
     if raw.problem:
         raise BadSample(raw.problem)
-    missing = [name for name in ("flac", "json") if name not in raw.members]
-    if missing:
-        raise BadSample(f"no .{' and no .'.join(missing)} member")
+    sound = raw.sound
+    if "json" not in raw.members:
+        raise BadSample("no .json member")
+    description = describe(raw.members["json"])
+    samples, rate = audio.decode(sound, max_seconds)
+    return audio.resample(samples, rate, sample_rate), description
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """The content of a clip's JSON, checked.
+
+    Raises:
+        BadSample: it can't be used; says why.
+    """
     try:
-        description = json.loads(raw.members["json"])
-        captions = description["captions"]
-    except (ValueError, KeyError, TypeError) as error:
+        description = json.loads(data)
+        captions, classes = description["captions"], description.get("classes", [])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadSample(f"unusable JSON: {type(error).__name__} {error}") from None
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
         raise BadSample("no caption, or an empty one")
-    samples, rate = audio.decode(raw.members["flac"])
-    return audio.resample(samples, rate, sample_rate), description
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise BadSample("classes are not a list of names")
+    longest = max(map(len, captions))
+    if longest > LONGEST_CAPTION:
+        raise BadSample(f"a caption of {longest} characters, over the limit of {LONGEST_CAPTION}")
+    try:
+        "".join((*captions, *classes)).encode()
+    except UnicodeEncodeError:  # JSON can spell halves of a surrogate pair, which no tokenizer takes
+        raise BadSample("a caption or class that is no Unicode text") from None
+    return description

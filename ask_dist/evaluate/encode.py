@@ -66,6 +66,7 @@ def encode(
         sample_rate=config.data.sample_rate,
         clip_seconds=config.data.clip_seconds,
         limit=limit,
+        max_clip_seconds=config.data.max_clip_seconds,
     )
     dim = config.model.embedding_dim
     audio, text, counts = [torch.zeros(0, dim)], [torch.zeros(0, dim)], [0]

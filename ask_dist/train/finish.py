@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ask_dist.data.quarantine import QUARANTINE, write_quarantine
 from ask_dist.data.shards import stable_id
 from ask_dist.evaluate.drift import auroc, mean_drift, neighbour_overlap
 from ask_dist.evaluate.encode import Encoded, encode, gather_encoded, retrieval_results, search_index
@@ -41,7 +42,8 @@ def finish(state: TrainState) -> None:
         results = retrieval_results(encoded, state.shards["train"].classes, state.config.seed)
         results |= {"dataset": split, "reliability": _reliability(trusted)}
         results |= _run_facts(state) | _bank_facts(state, probe)
-        records = bad + encoded.bad
+        with writing(state.config.run_dir):
+            records = write_quarantine(state.config.run_dir / QUARANTINE, bad + encoded.bad)
         examples = [{"name": f"{r['shard']}: {r['key']}", "reason": r["reason"]} for r in records[:20]]
         results["quarantine"] = {"count": len(records), "examples": examples}
         index = search_index(encoded, split)

@@ -20,7 +20,9 @@ from torch import Tensor
 from ask_dist import config as configuration
 from ask_dist.cluster import Actors
 from ask_dist.config import Config
+from ask_dist.data.cache import ShardCache
 from ask_dist.data.loader import Batch, TrainLoader
+from ask_dist.data.quarantine import QUARANTINE
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import out_of_span_share
@@ -101,6 +103,8 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         shuffle_window=config.data.shuffle_window,
         processes=config.data.loader_processes,
         max_bad_share=config.data.max_bad_share,
+        max_clip_seconds=config.data.max_clip_seconds,
+        quarantine=config.run_dir / QUARANTINE,
     )
     total_steps = run_length(config, loader.steps_per_epoch)
     model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
@@ -127,8 +131,12 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
 
 def load_shards(config: Config) -> dict[str, ShardList]:
     """The shard list of each split that the configuration names."""
-    folders = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
-    return {split: ShardList.load(folder) for split, folder in folders.items() if folder is not None}
+    data = config.data
+    cache = ShardCache(gib=data.cache_gib) if data.cache_dir is None else ShardCache(data.cache_dir, data.cache_gib)
+    held_out = {"validation": data.validation, "test": data.test}
+    return {"train": ShardList.load(data.train, data.weights, cache)} | {
+        split: ShardList.load(place, cache=cache) for split, place in held_out.items() if place is not None
+    }
 
 
 def run_length(config: Config, steps_per_epoch: int) -> int:

@@ -180,7 +180,9 @@ def steps_per_epoch(config: Config, shards: ShardList) -> int:
     from ask_dist.data.order import Order
 
     per_lane = config.global_batch_size // config.data.lanes
-    return Order(shards.counts, config.seed, config.data.lanes, per_lane, config.data.shuffle_window).steps_per_epoch
+    data = config.data
+    order = Order(shards.counts, config.seed, data.lanes, per_lane, data.shuffle_window, shards.weights)
+    return order.steps_per_epoch
 
 
 def show(run_dir: Path, console: Console) -> dict[str, Any]:

@@ -205,8 +205,12 @@ def test_bad_clips_are_named_and_counted_but_not_delivered(tmp_path: Path, make_
     rows = valid_rows(take(source, 2 * source.steps_per_epoch))
     assert "clip-007" not in {row[1] for row in rows}
     assert len(rows) == 78
-    assert [(record["shard"], record["key"]) for record in source.bad.records] == [("train-000000.tar", "clip-007")]
-    assert "unusable JSON" in source.bad.records[0]["reason"]
+    changed, bad = source.bad.records
+    assert (changed["shard"], changed["key"]) == ("train-000000.tar", "")
+    assert "SHA-256" in changed["reason"]
+    assert (bad["shard"], bad["key"]) == ("train-000000.tar", "clip-007")
+    assert "unusable JSON" in bad["reason"]
+    assert source.bad.count == 2  # once each epoch
     strict = loader(shards, max_bad_share=0.01)
     with pytest.raises(InputError, match=r"1 of 40 samples are bad, over max_bad_share 0\.01.*clip-007"):
         take(strict, 2 * strict.steps_per_epoch)

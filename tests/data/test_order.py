@@ -21,7 +21,7 @@ orders = st.builds(
 def test_lanes_cover_every_clip_once(order: Order, epoch: int) -> None:
     met = []
     for lane in range(order.lanes):
-        for shard, first, count in order.pieces(epoch, *order.lane_bounds(lane)):
+        for shard, first, count, _ in order.pieces(epoch, *order.lane_bounds(lane)):
             met += [(shard, first + offset) for offset in range(count)]
     assert sorted(met) == [(shard, place) for shard, count in enumerate(order.counts) for place in range(count)]
 
@@ -45,7 +45,7 @@ def test_blocks_tile_a_lane(order: Order) -> None:
 def test_epochs_seeds_lanes_and_blocks_draw_different_orders() -> None:
     order = Order((5,) * 20, seed=1, lanes=2, per_lane=1, window=50)
     other = Order((5,) * 20, seed=2, lanes=2, per_lane=1, window=50)
-    shard_orders = {tuple(shard for shard, _, _ in o.pieces(epoch, 0, 100)) for o in (order, other) for epoch in (0, 1)}
+    shard_orders = {tuple(piece.shard for piece in o.pieces(epoch, 0, 100)) for o in (order, other) for epoch in (0, 1)}
     assert len(shard_orders) == 4
     permutations = {
         tuple(o.block_order(epoch, lane, block, 50))

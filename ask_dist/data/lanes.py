@@ -1,0 +1,133 @@
+"""The lanes of a rank, read and decoded: what happens in a decoding process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.order import Order, Piece
+from ask_dist.data.quarantine import Record
+from ask_dist.data.samples import Raw, open_clip, read_clips
+from ask_dist.data.shards import ShardList, stable_id
+
+NO_ID = -1
+CHANGED = "its SHA-256 is not that of sizes.json; clips that can still be read are used"
+
+
+@dataclass
+class Part:
+    """The clips of some lanes at one step; an invalid one has zeros and "". `notices` name whole shards."""
+
+    ids: list[int]
+    keys: list[str]
+    audio: torch.Tensor
+    captions: list[str]
+    valid: list[bool]
+    swapped: list[bool]
+    bad: list[Record] = field(default_factory=list)
+    notices: list[Record] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How clips are decoded: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have."""
+
+    sample_rate: int
+    samples: int
+    max_seconds: float
+
+
+class LaneReader(IterableDataset[Part]):
+    """Reads and decodes a rank's lanes from a global step on; in a DataLoader process, its share of them."""
+
+    def __init__(self, shards: ShardList, order: Order, lanes: range, cut: Cut, start_step: int = 0) -> None:
+        self._shards, self._order, self._lanes, self._cut = shards, order, lanes, cut
+        self._start_step = start_step
+        self._notices: list[Record] = []
+        self._opened: set[int] = set()
+
+    def starting_at(self, step: int) -> LaneReader:
+        """The same from another step on."""
+        return LaneReader(self._shards, self._order, self._lanes, self._cut, step)
+
+    def __iter__(self) -> Iterator[Part]:
+        lanes = self._lanes
+        worker = get_worker_info()
+        if worker is not None:
+            first, last = (len(lanes) * index // worker.num_workers for index in (worker.id, worker.id + 1))
+            lanes = lanes[first:last]
+        streams = [self._lane(lane) for lane in lanes]
+        for step in itertools.count(self._start_step):
+            clips = [next(stream) for stream in streams for _ in range(self._order.per_lane)]
+            part = self._decode(clips, step // self._order.steps_per_epoch)
+            part.notices, self._notices = self._notices, []
+            yield part
+
+    def _lane(self, lane: int) -> Iterator[tuple[Raw, int] | None]:
+        """A lane's clips and turns through all epochs; None where it is shorter than the epoch's steps ask for."""
+        order = self._order
+        places = order.steps_per_epoch * order.per_lane
+        epoch, step = divmod(self._start_step, order.steps_per_epoch)
+        skip = step * order.per_lane
+        while True:
+            yield from self._epoch(epoch, lane, skip)
+            yield from itertools.repeat(None, places - max(skip, order.lane_length(lane)))
+            epoch, skip = epoch + 1, 0
+
+    def _epoch(self, epoch: int, lane: int, skip: int) -> Iterator[tuple[Raw, int]]:
+        order = self._order
+        lane_start, lane_stop = order.lane_bounds(lane)
+        blocks = [(number, *block) for number, block in enumerate(order.blocks(lane)) if block[1] > skip]
+        if not blocks:
+            return
+        pieces = order.pieces(epoch, lane_start + blocks[0][1], lane_stop)
+        clips = itertools.chain.from_iterable(map(self._piece, pieces))
+        for number, start, stop in blocks:
+            block: list[Any] = list(itertools.islice(clips, stop - start))
+            for place in order.block_order(epoch, lane, number, stop - start)[max(0, skip - start) :]:
+                yield block[place]
+                block[place] = None  # free its bytes
+
+    def _piece(self, piece: Piece) -> Iterator[tuple[Raw, int]]:
+        name = self._shards.labels[piece.shard]
+        if piece.shard not in self._opened:  # once a process: later epochs read the same bytes
+            self._opened.add(piece.shard)
+            if self._shards.changed(piece.shard):
+                self._notices.append({"shard": name, "key": "", "reason": CHANGED})
+        for raw in read_clips(self._shards, piece.shard, piece.first, piece.clips, name):
+            yield raw, piece.turn
+
+    def _decode(self, clips: Sequence[tuple[Raw, int] | None], epoch: int) -> Part:
+        size = len(clips)
+        # Not zeros: fresh zeroed pages for each batch cost more than filling recycled memory.
+        audio = torch.empty(size, self._cut.samples)
+        part = Part([NO_ID] * size, [""] * size, audio, [""] * size, [False] * size, [False] * size)
+        waveforms = audio.numpy()
+        for place, clip in enumerate(clips):
+            if clip is not None:
+                try:
+                    self._fill(part, waveforms, place, *clip, epoch)
+                except BadSample as error:
+                    part.bad.append({"shard": clip[0].shard, "key": clip[0].key, "reason": str(error)})
+            if not part.valid[place]:
+                waveforms[place] = 0
+        return part
+
+    def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, turn: int, epoch: int) -> None:
+        audio, description = open_clip(raw, self._cut.sample_rate, self._cut.max_seconds)
+        clip_id, captions = stable_id(raw.key), description["captions"]
+        # Making a generator takes 6% of the time of decoding four seconds: only where there is something to draw.
+        drawn = len(captions) > 1 or len(audio) > self._cut.samples
+        rng = self._order.clip_rng(epoch, clip_id, turn) if drawn else None
+        part.captions[place] = captions[rng.integers(len(captions)) if rng else 0]
+        waveforms[place] = fit_length(audio, self._cut.samples, rng)
+        part.ids[place], part.keys[place] = clip_id, raw.key
+        part.swapped[place] = bool(description.get("swapped", False))
+        part.valid[place] = True

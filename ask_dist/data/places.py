@@ -1,0 +1,87 @@
+"""Where shards may lie: local folders, folders behind URLs, patterns of either."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from braceexpand import braceexpand
+
+from ask_dist.errors import InputError
+
+# What each needs beside fsspec. Others, and fsspec's chains of them, are refused: some run commands or read pickles.
+NEEDS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "memory": "", "file": ""}
+CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is behind a URL; anything else is a local path."""
+    return "://" in str(place)
+
+
+def filesystem(url: str, read_seconds: float = READ_SECONDS) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it. Secrets come from the environment, as each library reads it.
+
+    Raises:
+        InputError: the scheme is none of http, https, s3, gs, memory and file, or its library is not installed.
+    """
+    scheme = url.split("://", 1)[0]
+    if scheme not in NEEDS:
+        raise InputError(f"{url}: scheme {scheme!r} is not among {', '.join(NEEDS)}; use one of them or a local folder")
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=read_seconds)
+        options = {"client_kwargs": {"timeout": limits, "trust_env": True}}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError:
+        raise InputError(f"{url} needs {NEEDS[scheme]}: pip install {NEEDS[scheme]}, or copy the shards here") from None
+
+
+def expand(place: str | Path) -> list[tuple[str, tuple[str, ...]]]:
+    """The folders that a place names: `{a,b}` and `{0..9}` are written out, `*` and `[...]` looked up, sorted.
+
+    Returns:
+        Each folder, and where the place names tar files in it, the names or patterns of these.
+
+    Raises:
+        InputError: braces that don't close, a pattern that nothing matches, or a URL that can't be listed.
+    """
+    if not is_url(place) and Path(place).is_dir():  # braces and brackets in the name of a folder are its own
+        return [(str(place), ())]
+    try:
+        written = list(braceexpand(str(place)))
+    except ValueError as error:
+        raise InputError(f"{place}: {error}; write braces as {{a,b}} or {{000..123}}") from None
+    folders: dict[str, list[str]] = {}
+    for text in written:
+        folder, _, name = text.rpartition("/") if text.endswith(".tar") else (text, "", "")
+        for found in _matches(folder or "."):
+            folders.setdefault(found, []).extend([name] if name else [])
+    return [(folder, tuple(names)) for folder, names in folders.items()]
+
+
+def _matches(folder: str) -> list[str]:
+    """The folder, or those that match it where it is a pattern."""
+    if not set("*[") & set(folder):
+        return [folder]
+    if not is_url(folder):
+        found = sorted(path for path in glob.glob(folder) if Path(path).is_dir())
+    else:
+        files, path = filesystem(folder)
+        try:
+            found = sorted(files.unstrip_protocol(name.rstrip("/")) for name in files.glob(path))
+        except Exception as error:  # each library has errors of its own
+            raise InputError(f"{folder} can't be listed ({one_line(error)}): name the folders one by one") from None
+    if not found:
+        raise InputError(f"nothing matches {folder}: correct the pattern")
+    return found
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
