@@ -187,6 +187,21 @@ def test_anchored_paths_are_absolute_and_nothing_else_changes(tmp_path, monkeypa
     assert anchored.model_dump(exclude=paths) == config.model_dump(exclude=paths)
 
 
+def test_shards_may_lie_in_several_places_and_behind_urls(tmp_path, monkeypatch):
+    config = parse("data.train=[shards/a, 's3://bucket/{0..3}']", "data.weights=[2, 0.5]", "data.test=https://x/y")
+    assert config.data.train == (Path("shards/a"), "s3://bucket/{0..3}")
+    monkeypatch.chdir(tmp_path)
+    anchored = config.anchored()
+    assert anchored.data.train == (tmp_path / "shards/a", "s3://bucket/{0..3}")
+    assert anchored.data.test == "https://x/y"
+    (tmp_path / "config.yaml").write_text(configuration.dump(anchored))
+    assert configuration.load(tmp_path / "config.yaml") == anchored
+    assert "data.weights has 2 numbers for 1 entries of data.train" in refusal("data.weights=[2, 1]")
+    assert refusal("data.train=3").startswith("data.train=3: name a folder or the URL of one")
+    assert "name at least one folder" in refusal("data.train=[]")
+    assert refusal("data.train=[a]", "data.weights=[0]").startswith("data.weights.0=0: ")
+
+
 def test_a_configuration_is_read_only():
     with pytest.raises(ValueError, match="frozen"):
         parse().seed = 3

@@ -86,8 +86,9 @@ def _clips(stream: BinaryIO) -> Iterator[tuple[str, list[tuple[str, Member]], bo
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
-    key, _, extension = name.partition(".")
-    return key, extension.lower()
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
 def _read(stream: BinaryIO, shard: str, key: str, found: Sequence[tuple[str, Member]], repeated: bool) -> Raw:

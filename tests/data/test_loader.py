@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,29 @@ def test_evaluation_can_be_limited_and_skips_bad_samples(corpus: Path, shards: S
         path.write_bytes(b"")
     with pytest.raises(InputError, match="all 103 samples are bad"):
         list(whole.batches())
+
+
+def test_corpora_are_mixed_by_weight(tmp_path: Path, make_clip: MakeClip) -> None:
+    write_shards(map(make_clip, range(20)), tmp_path / "a", "train", clips_per_shard=8)
+    write_shards(map(make_clip, range(20, 60)), tmp_path / "b", "train", clips_per_shard=8)
+    both = [tmp_path / "a", tmp_path / "b"]
+    shards = ShardList.load(both, [2, 0.5])
+    assert shards.clips == 60
+    assert shards.fingerprint != ShardList.load(both).fingerprint
+    assert ShardList.load(both, [1, 1]).fingerprint == ShardList.load(both).fingerprint
+    source = loader(shards, clip_seconds=0.04)
+    rows = valid_rows(take(source, source.steps_per_epoch))
+    often = Counter(key for _, key, _, _ in rows)
+    assert Counter(often[f"clip-{number:03d}"] for number in range(20)) == {2: 20}
+    assert Counter(often[f"clip-{number:03d}"] for number in range(20, 60)) == {0: 20, 1: 20}
+    assert len({row for row in rows if row[1] == "clip-002"}) == 2  # another crop or caption at the second turn
+    damaged = shards.paths[0]
+    damaged.write_bytes(b"")
+    take(again := loader(shards, max_bad_share=1.0), source.steps_per_epoch)
+    assert {record["shard"] for record in again.bad.records} == {str(damaged)}  # names repeat: the folder tells
+
+
+def test_weights_that_leave_nothing_are_refused(tmp_path: Path, make_clip: MakeClip) -> None:
+    write_shards(map(make_clip, range(4)), tmp_path, "train")
+    with pytest.raises(InputError, match=r"raise data\.weights"):
+        loader(ShardList.load(tmp_path, [0.01]))
