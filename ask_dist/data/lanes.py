@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.order import Order, Piece
 from ask_dist.data.quarantine import Record
 from ask_dist.data.samples import Raw, open_clip, read_clips
@@ -37,11 +38,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Cut:
-    """How clips are decoded: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have."""
+    """What becomes of clips: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have, and
+    those that are `held_out`."""
 
     sample_rate: int
     samples: int
     max_seconds: float
+    held_out: HeldOut = field(default_factory=HeldOut)
 
 
 class LaneReader(IterableDataset[Part]):
@@ -121,6 +124,7 @@ class LaneReader(IterableDataset[Part]):
         return part
 
     def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, turn: int, epoch: int) -> None:
+        self._cut.held_out.refuse(raw)
         audio, description = open_clip(raw, self._cut.sample_rate, self._cut.max_seconds)
         clip_id, captions = stable_id(raw.key), description["captions"]
         # Making a generator takes 6% of the time of decoding four seconds: only where there is something to draw.

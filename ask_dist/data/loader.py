@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ask_dist.data.audio import BadSample, fit_length
 from ask_dist.data.lanes import Cut, LaneReader, Part
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.order import Order, lanes_of
 from ask_dist.data.prefetch import prefetched
 from ask_dist.data.quarantine import BadSamples, Record
@@ -95,6 +96,7 @@ class TrainLoader:
         max_bad_share: more bad samples than this share stop the run.
         max_clip_seconds: longer audio is bad; see audio.decode.
         quarantine: file that gets a line for each bad sample, or None.
+        held_out: clips that count as bad samples if they are met.
 
     Raises:
         InputError: the batch, the lanes and the ranks don't fit together, or the weights leave no clip.
@@ -116,6 +118,7 @@ class TrainLoader:
         max_bad_share: float = 0.01,
         max_clip_seconds: float = MAX_SECONDS,
         quarantine: Path | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         own = lanes_of(rank, world_size, lanes)
         global_batch = micro_batch_size * world_size
@@ -132,7 +135,7 @@ class TrainLoader:
         self._clips_per_epoch = sum(order.lane_length(lane) for lane in own)
         self._processes = min(processes, len(own))
         self._max_bad_share = max_bad_share
-        cut = Cut(sample_rate, round(clip_seconds * sample_rate), max_clip_seconds)
+        cut = Cut(sample_rate, round(clip_seconds * sample_rate), max_clip_seconds, held_out or HeldOut())
         self._reader = LaneReader(shards, order, own, cut)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
@@ -159,11 +162,11 @@ class TrainLoader:
         while True:
             try:
                 now = list(itertools.islice(parts, max(1, self._processes)))
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 deaths += 1
-                if not str(error).startswith("DataLoader worker") or deaths > RESTARTS:
+                if not _of_a_death(error) or deaths > RESTARTS:
                     raise
-                log.warning("%s; decoding goes on at step %d with new processes", error, step)
+                log.warning("a decoding process died (%s); new ones go on at step %d", error, step)
                 parts = self._parts(step)
                 continue
             yield step, now
@@ -212,6 +215,12 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     )
 
 
+def _of_a_death(error: Exception) -> bool:
+    """Whether a DataLoader's error says that a process is gone, not what went wrong in one ("Caught ...")."""
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) and not str(error).startswith("Caught")
+    return lost or str(error).startswith("DataLoader worker")
+
+
 class EvalLoader:
     """One rank's contiguous part of a split, in the order of the shards, cropped in the middle.
 
@@ -224,6 +233,7 @@ class EvalLoader:
         clip_seconds: longer clips are cut, shorter ones padded.
         limit: only the first so many clips of the split, or None for all.
         max_clip_seconds: longer audio is bad; see audio.decode.
+        held_out: clips that count as bad samples if they are met.
     """
 
     def __init__(
@@ -237,10 +247,12 @@ class EvalLoader:
         clip_seconds: float,
         limit: int | None = None,
         max_clip_seconds: float = MAX_SECONDS,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.bad = BadSamples()
         self._shards, self._batch_size, self._sample_rate = shards, batch_size, sample_rate
         self._samples, self._max_seconds = round(clip_seconds * sample_rate), max_clip_seconds
+        self._held_out = held_out or HeldOut()
         clips = shards.clips if limit is None else min(limit, shards.clips)
         self._first, self._last = rank * clips // world_size, (rank + 1) * clips // world_size
 
@@ -272,6 +284,7 @@ class EvalLoader:
     def _clips(self) -> Iterator[tuple[Raw, torch.Tensor, dict[str, Any]]]:
         for raw in self._raws():
             try:
+                self._held_out.refuse(raw)
                 audio, description = open_clip(raw, self._sample_rate, self._max_seconds)
             except BadSample as error:
                 self.bad.note(1, [{"shard": raw.shard, "key": raw.key, "reason": str(error)}])

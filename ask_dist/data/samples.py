@@ -35,6 +35,11 @@ class Raw:
     problem: str | None = None
 
     @property
+    def has_sound(self) -> bool:
+        """Whether there is exactly one audio member."""
+        return sum(name in self.members for name in SOUNDS) == 1
+
+    @property
     def sound(self) -> bytes:
         """The encoded audio.
 

@@ -242,7 +242,7 @@ def _problem_of(sizes: Any) -> str | None:
     if not isinstance(sizes.get("shards"), dict) or not sizes["shards"]:
         return "no shards are listed"
     for name, shard in sizes["shards"].items():
-        if name != Path(name).name or not name.endswith(".tar"):
+        if "/" in name or "\0" in name or not name.endswith(".tar"):
             return f"shard {name!r} is not the name of a tar file in the folder"
         if not isinstance(shard, dict) or not _is_count(shard.get("clips")):
             return f"shard {name!r} has no whole number of clips"

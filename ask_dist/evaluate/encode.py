@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ask_dist.config import Config
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import EvalLoader
 from ask_dist.data.shards import ShardList
 from ask_dist.evaluate.long_tail import long_tail_metrics
@@ -44,7 +45,13 @@ class Encoded:
 
 @torch.no_grad()
 def encode(
-    model: DualEncoder, shards: ShardList, config: Config, rank: int, world_size: int, limit: int | None = None
+    model: DualEncoder,
+    shards: ShardList,
+    config: Config,
+    rank: int,
+    world_size: int,
+    limit: int | None = None,
+    held_out: HeldOut | None = None,
 ) -> Encoded:
     """Encodes this rank's part of a split with the model in evaluation mode, and leaves the mode as it was.
 
@@ -54,6 +61,7 @@ def encode(
         config: sample rate and clip length.
         rank, world_size: which part.
         limit: clips of the whole split at most.
+        held_out: clips that are left out as bad samples.
     """
     was_training = model.training
     model.eval()
@@ -67,6 +75,7 @@ def encode(
         clip_seconds=config.data.clip_seconds,
         limit=limit,
         max_clip_seconds=config.data.max_clip_seconds,
+        held_out=held_out,
     )
     dim = config.model.embedding_dim
     audio, text, counts = [torch.zeros(0, dim)], [torch.zeros(0, dim)], [0]

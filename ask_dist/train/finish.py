@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ask_dist.data.leaks import LEAK
 from ask_dist.data.quarantine import QUARANTINE, write_quarantine
 from ask_dist.data.shards import stable_id
 from ask_dist.evaluate.drift import auroc, mean_drift, neighbour_overlap
@@ -45,7 +46,8 @@ def finish(state: TrainState) -> None:
         with writing(state.config.run_dir):
             records = write_quarantine(state.config.run_dir / QUARANTINE, bad + encoded.bad)
         examples = [{"name": f"{r['shard']}: {r['key']}", "reason": r["reason"]} for r in records[:20]]
-        results["quarantine"] = {"count": len(records), "examples": examples}
+        leaks = sum(record["reason"].startswith(LEAK) for record in records)
+        results["quarantine"] = {"count": len(records), "leaks": leaks, "examples": examples}
         index = search_index(encoded, split)
         if state.log is not None:
             state.log.close()

@@ -21,6 +21,7 @@ from ask_dist import config as configuration
 from ask_dist.cluster import Actors
 from ask_dist.config import Config
 from ask_dist.data.cache import ShardCache
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.quarantine import QUARANTINE
 from ask_dist.data.shards import ShardList
@@ -105,6 +106,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         max_bad_share=config.data.max_bad_share,
         max_clip_seconds=config.data.max_clip_seconds,
         quarantine=config.run_dir / QUARANTINE,
+        held_out=HeldOut.of({split: listed for split, listed in shards.items() if split != "train"}),
     )
     total_steps = run_length(config, loader.steps_per_epoch)
     model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)

@@ -57,7 +57,11 @@ def test_shards_behind_a_url_give_what_local_ones_do(server: Server, shards: Sha
 
 def test_what_may_pass_is_tried_again(server: Server, shards: ShardList, tmp_path: Path) -> None:
     server.faults["/sizes.json"] = ["500"]
-    server.faults |= {"/train-000000.tar": ["500", "503"], "/train-000001.tar": ["short"], "/train-000002.tar": ["stall"]}
+    server.faults |= {
+        "/train-000000.tar": ["500", "503"],
+        "/train-000001.tar": ["short"],
+        "/train-000002.tar": ["stall"],
+    }
     batches, loader = epoch(ShardList.load(server.url, cache=cache_in(tmp_path)))
     assert sum(int(batch.valid.sum()) for batch in batches) == 103
     assert loader.bad.records == []

@@ -119,7 +119,9 @@ def test_weights_of_one_change_nothing_and_another_turn_draws_anew() -> None:
 
 
 @given(order=weighted(), epoch=st.integers(0, 2), data=st.data())
-def test_any_stretch_of_an_epoch_is_the_same_stretch_of_the_whole(order: Order, epoch: int, data: st.DataObject) -> None:
+def test_any_stretch_of_an_epoch_is_the_same_stretch_of_the_whole(
+    order: Order, epoch: int, data: st.DataObject
+) -> None:
     def clips(first: int, last: int) -> list[tuple[int, int, int]]:
         pieces = order.pieces(epoch, first, last)
         return [(p.shard, clip, p.turn) for p in pieces for clip in range(p.first, p.first + p.clips)]

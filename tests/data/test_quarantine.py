@@ -37,5 +37,3 @@ def test_ranks_share_a_file_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
 def test_a_run_without_bad_samples_has_no_file(tmp_path: Path) -> None:
     assert write_quarantine(tmp_path / "quarantine.jsonl", []) == []
     assert not list(tmp_path.iterdir())
-
-

@@ -187,7 +187,9 @@ def test_members_of_terabytes_and_large_json_are_named_unread(corpus: Path, tmp_
     assert next(read_shard(path, 0, 1)).problem == "the shard ends in its .flac"
     path.write_bytes(header("x.flac", -512) * 3)  # would lead backwards for ever
     assert "up to clip 0 only" in str(next(read_shard(path, 0, 1)).problem)
-    tar_of(path, [("x.flac", clip["flac"]), ("x.json", b" " * ((1 << 20) + 1)), *((f"y.{e}", d) for e, d in clip.items())])
+    tar_of(
+        path, [("x.flac", clip["flac"]), ("x.json", b" " * ((1 << 20) + 1)), *((f"y.{e}", d) for e, d in clip.items())]
+    )
     large, fine = read_shard(path, 0, 2)
     assert "over the limit" in str(large.problem)
     open_clip(fine, 8000)

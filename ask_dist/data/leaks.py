@@ -1,0 +1,60 @@
+"""Keeping what is held out for testing away from training and from banks, by key and by sound."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ask_dist.data.audio import BadSample
+from ask_dist.data.samples import Raw, read_clips
+from ask_dist.data.shards import ShardList
+
+LEAK = "held out"  # how the reason begins for which a clip was refused
+FLAC_MAGIC, STREAM_MD5 = b"fLaC\x00", slice(26, 42)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The clips of the splits that nothing may learn from.
+
+    Attributes:
+        keys: their keys, each with the name of its split.
+        sounds: `sound_digest` of each, with split and key.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    sounds: Mapping[bytes, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, splits: Mapping[str, ShardList]) -> HeldOut:
+        """Reads all shards of the splits, undecoded; what can't be read is passed over."""
+        keys: dict[str, str] = {}
+        sounds: dict[bytes, str] = {}
+        for split, shards in splits.items():
+            for shard, count in enumerate(shards.counts):
+                for raw in read_clips(shards, shard, 0, count):
+                    if raw.key:
+                        keys[raw.key] = split
+                        if raw.has_sound:
+                            sounds[sound_digest(raw.sound)] = f"{split} as {raw.key}"
+        return cls(keys, sounds)
+
+    def refuse(self, raw: Raw) -> None:
+        """Raises BadSample for a clip that has the key or the sound of one that is held out."""
+        if raw.key in self.keys:
+            raise BadSample(f"{LEAK}: its key is in {self.keys[raw.key]}")
+        if self.sounds and raw.has_sound:
+            found = self.sounds.get(sound_digest(raw.sound))
+            if found is not None:
+                raise BadSample(f"{LEAK}: the same sound is in {found}")
+
+
+def sound_digest(data: bytes) -> bytes:
+    """16 bytes that tell a sound from another: of FLAC the MD5 of its samples, which its header holds; else of `data`.
+
+    So a FLAC that was compressed anew is recognised, and costs nothing; another format, rate or cut is not.
+    """
+    if data.startswith(FLAC_MAGIC) and any(data[STREAM_MD5]):
+        return data[STREAM_MD5]
+    return hashlib.blake2b(data, digest_size=16).digest()

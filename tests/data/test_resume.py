@@ -1,0 +1,160 @@
+"""Runs that stop, change their size and go on; processes that die; epochs without end; very many shards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from ask_dist.data.loader import Batch, TrainLoader
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import SIZES, Clip, ShardList
+
+BATCH = 8
+Rows = list[tuple[int, str, str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, make_clip: Callable[..., Clip]) -> ShardList:
+    """61 short clips in nine shards."""
+    folder = tmp_path_factory.mktemp("small")
+    write_shards((make_clip(number, 60) for number in range(61)), folder, "train", clips_per_shard=7)
+    return ShardList.load(folder)
+
+
+def rank_of(shards: ShardList, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainLoader:
+    options: dict[str, Any] = {"seed": 1, "sample_rate": 8000, "clip_seconds": 0.005, "lanes": 4, "shuffle_window": 16}
+    options |= {"rank": rank, "world_size": world_size, "micro_batch_size": BATCH // world_size}
+    return TrainLoader(shards, **options | changes)
+
+
+def rows(batches: Iterator[Batch] | list[Batch]) -> Rows:
+    return [
+        (int(batch.ids[place]), batch.keys[place], batch.captions[place], batch.audio[place].numpy().tobytes())
+        for batch in batches
+        for place in batch.valid.nonzero()[:, 0].tolist()
+    ]
+
+
+def steps(shards: ShardList, world_size: int, first: int, count: int, **changes: Any) -> list[Rows]:
+    """What all ranks together see at each step."""
+    streams = [rank_of(shards, rank, world_size, **changes).batches(first) for rank in range(world_size)]
+    met = [rows([next(stream) for stream in streams]) for _ in range(count)]
+    for stream in streams:
+        stream.close()
+    return met
+
+
+def check_points(shards: ShardList, points: int, batches: int) -> None:
+    """At each point the run is stopped, taken up by another number of ranks, and compared with one that never was."""
+    rng = np.random.default_rng(0)
+    starts = sorted(rng.integers(60, size=points).tolist())
+    whole = steps(shards, 1, 0, starts[-1] + batches)
+    lived: list[Rows] = []
+    for start, following in itertools.zip_longest(starts, starts[1:]):
+        now = steps(shards, int(rng.choice([1, 2, 4])), start, batches)
+        assert now == whole[start : start + batches]
+        lived += now[: (following or start + batches) - start]
+    assert lived == whole[starts[0] :]
+    per_epoch = rank_of(shards).steps_per_epoch
+    for epoch in range(len(whole) // per_epoch):
+        keys = [row[1] for step in whole[epoch * per_epoch : (epoch + 1) * per_epoch] for row in step]
+        assert sorted(keys) == [f"clip-{number:03d}" for number in range(61)]  # none lost, none repeated
+
+
+def test_runs_of_changing_size_resume_exactly(small: ShardList) -> None:
+    check_points(small, points=8, batches=25)
+
+
+@pytest.mark.slow
+def test_fifty_points_of_resume_and_two_hundred_batches_each(small: ShardList) -> None:
+    check_points(small, points=50, batches=200)
+
+
+@pytest.mark.multiprocess
+def test_a_killed_decoding_process_is_replaced_and_nothing_lost(small: ShardList) -> None:
+    expected = steps(small, 1, 0, 40)
+    source = rank_of(small, processes=2)
+    stream = source.batches()
+    met = [rows([next(stream)]) for _ in range(3)]
+    victims = [child for child in psutil.Process().children(recursive=True) if _decodes(child)]
+    assert victims
+    os.kill(victims[0].pid, signal.SIGKILL)
+    met += [rows([next(stream)]) for _ in range(37)]
+    stream.close()
+    assert met == expected
+
+
+def _decodes(process: psutil.Process) -> bool:
+    try:
+        return any("forkserver" in part for part in process.cmdline()) and not process.children()
+    except psutil.Error:
+        return False
+
+
+EPOCHS = """
+import itertools, json, sys
+import psutil
+from ask_dist.data.loader import TrainLoader
+from ask_dist.data.shards import ShardList
+from ask_dist.processor import use_cpu
+
+use_cpu(1)
+loader = TrainLoader(ShardList.load(sys.argv[1]), rank=0, world_size=1, micro_batch_size=32, seed=0,
+                     sample_rate=8000, clip_seconds=1.0, shuffle_window=16)
+resident = []
+batches = loader.batches()
+for epoch in range(50):
+    for batch in itertools.islice(batches, loader.steps_per_epoch):
+        pass
+    resident.append(psutil.Process().memory_info().rss)
+print(json.dumps(resident))
+"""
+
+
+@pytest.mark.multiprocess
+def test_memory_stays_flat_over_fifty_epochs(tmp_path: Path, make_clip: Callable[..., Clip]) -> None:
+    write_shards((make_clip(number, 8000) for number in range(64)), tmp_path, "train", clips_per_shard=8)
+    done = subprocess.run([sys.executable, "-c", EPOCHS, str(tmp_path)], capture_output=True, text=True, check=True)
+    resident = json.loads(done.stdout)
+    assert len(resident) == 50
+    assert max(resident[1:]) <= 1.02 * resident[0]
+
+
+START = """
+import resource, sys, time
+import torch.utils.data
+from ask_dist.data.order import Order
+from ask_dist.data.shards import ShardList
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before, start = peak(), time.perf_counter()
+shards = ShardList.load(sys.argv[1])
+order = Order(shards.counts, 0, 8, 4, 512)
+first = [next(order.pieces(1, *order.lane_bounds(lane))) for lane in range(8)]
+seconds = time.perf_counter() - start
+print(len(shards.paths), len(first), seconds, peak() - before)
+"""
+
+
+@pytest.mark.multiprocess
+def test_an_epoch_over_very_many_shards_starts_from_their_sizes_alone(tmp_path: Path) -> None:
+    shard = {"clips": 250, "seconds": 1000.0}
+    listed = {f"train-{number:06d}.tar": shard | {"sha256": f"{number:064x}"} for number in range(100_000)}
+    (tmp_path / SIZES).write_text(json.dumps({"format": 1, "sample_rate": 16000, "shards": listed, "classes": {}}))
+    command = [sys.executable, "-c", START, tmp_path.as_uri()]  # as a URL: not even their names are looked up
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shards, lanes, seconds, mebibytes = map(float, done.stdout.split())
+    print(f"{seconds:.2f} s, {mebibytes:.0f} MiB")
+    assert (shards, lanes) == (100_000, 8)
+    assert mebibytes < 200
