@@ -18,6 +18,8 @@ from ask_dist.bank import store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Modality
 from ask_dist.bank.prototypes import unit_rows
+from ask_dist.config import Config
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import Encoded, encode
@@ -43,6 +45,8 @@ class BankedClip(BaseModel):
 def build(run_dir: Path, shards: Path, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
+    Clips of the run's validation and test splits are left out, by their keys and by their sounds.
+
     Args:
         run_dir: a finished run.
         shards: folder of shards.
@@ -59,12 +63,13 @@ def build(run_dir: Path, shards: Path, folder: Path, console: Console) -> Path:
     corpus = ShardList.load(shards)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     bank = KnowledgeBank(config.model.embedding_dim, corpus.clips)
+    held_out = _held_out(config, console)
     parts, refused = max(1, corpus.clips // PART), ""
     clips: dict[int, BankedClip] = {}
     with _bar(console) as bar:
         for part in bar.track(range(parts), description=f"encoding {shards}"):
             try:
-                encoded = encode(model, corpus, config, rank=part, world_size=parts)
+                encoded = encode(model, corpus, config, rank=part, world_size=parts, held_out=held_out)
             except InputError as error:  # all of this part is bad, of a damaged shard for one; the others may be good
                 refused = str(error)
                 continue
@@ -151,6 +156,17 @@ def search(
         told = (escape(clip.captions[0]), f"{clip.shard}: {clip.key}") if clip else ("", f"id {row}")
         table.add_row(str(place), f"{score:.3f}", *told)
     console.print(table)
+
+
+def _held_out(config: Config, console: Console) -> HeldOut:
+    """The run's validation and test clips, which the bank must not hold; what can't be read here is named."""
+    splits: dict[str, ShardList] = {}
+    for split, place in (("validation", config.data.validation), ("test", config.data.test)):
+        try:
+            splits |= {split: ShardList.load(place)} if place is not None else {}
+        except InputError as error:
+            console.print(f"[yellow]warning:[/] not checked against the {split} split: {escape(str(error))}")
+    return HeldOut.of(splits)
 
 
 def _rows(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

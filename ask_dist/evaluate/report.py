@@ -49,9 +49,10 @@ class BadClip(TypedDict):
 
 
 class Quarantine(TypedDict):
-    """Skipped samples: how many, and the first few of them."""
+    """Skipped samples: how many, how many of them because they are held out for testing, and the first few."""
 
     count: int
+    leaks: int
     examples: Sequence[BadClip]
 
 

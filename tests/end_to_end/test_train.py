@@ -127,3 +127,7 @@ def test_bad_samples_are_named_and_too_many_end_the_run(config_file: Path, tones
     assert strict.returncode == 2, strict.stdout
     assert "samples are bad" in strict.stderr
     assert strict.stderr.count("error:") == 1
+    for name in ("tolerant", "strict"):
+        lines = (tmp_path / "runs" / name / "quarantine.jsonl").read_text().splitlines()
+        assert len(set(lines)) == len(lines)
+        assert {json.loads(line)["shard"] for line in lines} == {"train-000002.tar"}

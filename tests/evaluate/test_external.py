@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from rich.console import Console
 
 from ask_dist import config as configuration
@@ -16,6 +17,7 @@ from ask_dist.bank import store
 from ask_dist.config import Config
 from ask_dist.data.captions import captions
 from ask_dist.data.pack import write_shards
+from ask_dist.data.samples import open_clip, read_shard
 from ask_dist.data.shards import Clip, ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate import external
@@ -151,3 +153,29 @@ def test_what_does_not_belong_together_is_refused(corpus, run, tmp_path, console
     store.save(bank, state | {name: np.repeat(state[name], 2, axis=1) for name in ("audio", "text")})
     with pytest.raises(InputError, match="rows of width 64"):
         external.search(bank, run, "noise", None, 1, "text", console)
+
+
+def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console):
+    test = tmp_path / "test"
+    write_shards(
+        [
+            Clip(
+                "clip-03", np.random.default_rng(9).normal(scale=0.1, size=800).astype(np.float32), RATE, ("a noise",)
+            ),
+            *(Clip(f"of-{key}", audio, RATE, ("a noise",)) for key, audio in sounds_of(corpus, "clip-20")),
+        ],
+        test,
+        "test",
+    )
+    tested = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((tested / "config.yaml").read_text())
+    config["data"] |= {"test": str(test), "validation": str(tmp_path / "gone")}
+    (tested / "config.yaml").write_text(yaml.safe_dump(config))
+    external.build(tested, corpus, tmp_path / "bank", console)
+    ids = set(store.load(tmp_path / "bank")["ids"].tolist())
+    assert ids == {stable_id(f"clip-{number:02d}") for number in range(CLIPS) if number not in (3, 20)}
+
+
+def sounds_of(corpus: Path, *keys: str) -> list[tuple[str, np.ndarray]]:
+    raws = (raw for path in ShardList.load(corpus).paths for raw in read_shard(path, 0, 10))
+    return [(raw.key, open_clip(raw, RATE)[0]) for raw in raws if raw.key in keys]

@@ -38,7 +38,7 @@ def full() -> Results:
             "histogram": {"edges": np.linspace(0, 1, 3).tolist(), "clean": [1, 9], "swapped": [5, 1]},
             "auroc": 0.953,
         },
-        "quarantine": {"count": 7, "examples": [{"name": MARKUP, "reason": f"undecodable {MARKUP}"}]},
+        "quarantine": {"count": 7, "leaks": 3, "examples": [{"name": MARKUP, "reason": f"undecodable {MARKUP}"}]},
         "config": {"name": MARKUP, "data": {"train": Path("shards/train")}},
         "versions": {"torch": "2.11.0"},
         "machine": {"cpu": MARKUP},

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from ask_dist.data.leaks import HeldOut, sound_digest
+from ask_dist.data.loader import EvalLoader, TrainLoader
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip, ShardList
+
+MakeClip = Callable[..., Clip]
+
+
+def flac(audio: np.ndarray, level: float) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, audio, 8000, format="FLAC", subtype="PCM_16", compression_level=level)
+    return file.getvalue()
+
+
+def test_the_digest_of_a_flac_is_that_of_its_samples(make_clip: MakeClip) -> None:
+    audio = make_clip(1, 4000).audio
+    fast, small = flac(audio, 0.0), flac(audio, 1.0)
+    assert fast != small
+    assert sound_digest(fast) == sound_digest(small) != sound_digest(flac(audio[1:], 0.0))
+    assert sound_digest(b"one") == sound_digest(b"one") != sound_digest(b"two")
+
+
+@pytest.fixture
+def splits(tmp_path: Path, make_clip: MakeClip) -> dict[str, ShardList]:
+    """Training clips 0..39; the test split has clips 5 and 6, and the sound of clip 7 under another key."""
+    write_shards(map(make_clip, range(40)), tmp_path / "train", "train", clips_per_shard=8)
+    renamed = Clip("other", make_clip(7).audio, 8000, ("another caption",))
+    write_shards([make_clip(5), make_clip(6), renamed], tmp_path / "test", "test")
+    write_shards([make_clip(100)], tmp_path / "validation", "validation")
+    return {split: ShardList.load(tmp_path / split) for split in ("train", "validation", "test")}
+
+
+def test_training_refuses_and_names_what_is_held_out(splits: dict[str, ShardList]) -> None:
+    held_out = HeldOut.of({split: splits[split] for split in ("validation", "test")})
+    options = {"micro_batch_size": 8, "seed": 0, "sample_rate": 8000, "clip_seconds": 0.05, "max_bad_share": 0.1}
+    loaders = [TrainLoader(splits["train"], rank=0, world_size=1, held_out=out, **options) for out in (held_out, None)]
+    met = []
+    for loader in loaders:
+        batches = list(itertools.islice(loader.batches(), loader.steps_per_epoch))
+        met.append({key for batch in batches for key in batch.keys} - {""})
+    assert met[1] - met[0] == {"clip-005", "clip-006", "clip-007"}
+    assert loaders[0].steps_per_epoch == loaders[1].steps_per_epoch
+    assert loaders[0].bad.count == 3
+    assert {record["key"]: record["reason"] for record in loaders[0].bad.records} == {
+        "clip-005": "held out: its key is in test",
+        "clip-006": "held out: its key is in test",
+        "clip-007": "held out: the same sound is in test as other",
+    }
+
+
+def test_so_does_the_encoding_of_a_bank(splits: dict[str, ShardList]) -> None:
+    options = {"rank": 0, "world_size": 1, "batch_size": 16, "sample_rate": 8000, "clip_seconds": 0.05}
+    loader = EvalLoader(splits["train"], held_out=HeldOut.of({"test": splits["test"]}), **options)
+    assert sum(len(batch.keys) for batch in loader.batches()) == 37
+    assert loader.bad.count == 3
