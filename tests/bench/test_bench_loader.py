@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ask_dist.bench.loader import loader_vs_webdataset
+from ask_dist.bench.loader import loader_vs_webdataset, start_of_epoch
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip
 
@@ -18,3 +18,10 @@ def test_the_benchmark_reads_with_both_and_compares(tmp_path: Path) -> None:
     figures = loader_vs_webdataset(tmp_path, rounds=1)
     assert min(figures.values()) > 0
     assert figures["ratio"] == pytest.approx(figures["loader"] / figures["webdataset"])
+
+
+def test_the_start_of_an_epoch_is_measured() -> None:
+    figures = start_of_epoch(shards=300)
+    assert figures["shards"] == 300
+    assert figures["seconds"] > 0
+    assert 0 <= figures["mebibytes"] < 100

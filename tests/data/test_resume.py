@@ -64,7 +64,7 @@ def check_points(shards: ShardList, points: int, batches: int) -> None:
     for start, following in itertools.zip_longest(starts, starts[1:]):
         now = steps(shards, int(rng.choice([1, 2, 4])), start, batches)
         assert now == whole[start : start + batches]
-        lived += now[: (following or start + batches) - start]
+        lived += now[: batches if following is None else following - start]
     assert lived == whole[starts[0] :]
     per_epoch = rank_of(shards).steps_per_epoch
     for epoch in range(len(whole) // per_epoch):
@@ -131,20 +131,9 @@ def test_memory_stays_flat_over_fifty_epochs(tmp_path: Path, make_clip: Callable
     assert max(resident[1:]) <= 1.02 * resident[0]
 
 
-START = """
-import resource, sys, time
-import torch.utils.data
-from ask_dist.data.order import Order
-from ask_dist.data.shards import ShardList
-
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-before, start = peak(), time.perf_counter()
-shards = ShardList.load(sys.argv[1])
-order = Order(shards.counts, 0, 8, 4, 512)
-first = [next(order.pieces(1, *order.lane_bounds(lane))) for lane in range(8)]
-seconds = time.perf_counter() - start
-print(len(shards.paths), len(first), seconds, peak() - before)
-"""
+START = (
+    "import json, sys; from ask_dist.bench.loader import measure_start; print(json.dumps(measure_start(sys.argv[1])))"
+)
 
 
 @pytest.mark.multiprocess
@@ -154,7 +143,7 @@ def test_an_epoch_over_very_many_shards_starts_from_their_sizes_alone(tmp_path: 
     (tmp_path / SIZES).write_text(json.dumps({"format": 1, "sample_rate": 16000, "shards": listed, "classes": {}}))
     command = [sys.executable, "-c", START, tmp_path.as_uri()]  # as a URL: not even their names are looked up
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    shards, lanes, seconds, mebibytes = map(float, done.stdout.split())
-    print(f"{seconds:.2f} s, {mebibytes:.0f} MiB")
-    assert (shards, lanes) == (100_000, 8)
-    assert mebibytes < 200
+    figures = json.loads(done.stdout)
+    print(f"{figures['seconds']:.2f} s, {figures['mebibytes']:.0f} MiB")
+    assert figures["shards"] == 100_000
+    assert figures["mebibytes"] < 200
