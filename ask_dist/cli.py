@@ -78,7 +78,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def evaluate(
     run: RunFolder,
-    shards: Annotated[Path | None, typer.Option(help="folder of shards; default: the run's own test split")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="folder of shards, or its URL; default: the run's own test split")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="also write the scores to this JSON file")] = None,
     zero_shot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="classify instead: a file with a class in each line")
@@ -270,7 +272,7 @@ def corpus_build(
 
 @bank_app.command("build")
 def bank_build(
-    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="folder of shards")],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="folder of shards, or its URL")],
     folder: BankFolder,
     run: Annotated[Path, typer.Option("--checkpoint", help="folder of the finished run whose model encodes")],
 ) -> None:

@@ -59,7 +59,7 @@ def expand(place: str | Path) -> list[tuple[str, tuple[str, ...]]]:
         raise InputError(f"{place}: {error}; write braces as {{a,b}} or {{000..123}}") from None
     folders: dict[str, list[str]] = {}
     for text in written:
-        folder, _, name = text.rpartition("/") if text.endswith(".tar") else (text, "", "")
+        folder, _, name = text.rpartition("/") if text.endswith(".tar") else (text.rstrip("/") or "/", "", "")
         for found in _matches(folder or "."):
             folders.setdefault(found, []).extend([name] if name else [])
     return [(folder, tuple(names)) for folder, names in folders.items()]

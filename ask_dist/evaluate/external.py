@@ -20,6 +20,7 @@ from ask_dist.bank.messages import Modality
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
+from ask_dist.data.places import is_url
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import Encoded, encode
@@ -42,14 +43,14 @@ class BankedClip(BaseModel):
     shard: str
 
 
-def build(run_dir: Path, shards: Path, folder: Path, console: Console) -> Path:
+def build(run_dir: Path, shards: Path | str, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
     Clips of the run's validation and test splits are left out, by their keys and by their sounds.
 
     Args:
         run_dir: a finished run.
-        shards: folder of shards.
+        shards: folder of shards, or its URL.
         folder: where the bank goes; an older bank there stays as its snapshot before.
         console: where progress goes.
 
@@ -77,8 +78,9 @@ def build(run_dir: Path, shards: Path, folder: Path, console: Console) -> Path:
             clips |= _clips_of(encoded)
     if not len(bank):
         raise InputError(refused or f"{shards} holds no clip that can be used; pack it again")
+    place = shards if is_url(shards) else Path(shards).resolve()
     with writing(folder):
-        path = store.save(folder, bank.state(), source=f"{shards.resolve()} by {run_dir.resolve()}")
+        path = store.save(folder, bank.state(), source=f"{place} by {run_dir.resolve()}")
         # With those of the snapshot before, which may be fallen back on; what is damaged is written anew.
         with contextlib.suppress(InputError):
             clips = _clips(folder) | clips

@@ -23,12 +23,12 @@ from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.models.saved import load_model
 
 
-def evaluate(run_dir: Path, shards: Path | None, output: Path | None, console: Console) -> Results:
+def evaluate(run_dir: Path, shards: Path | str | None, output: Path | None, console: Console) -> Results:
     """Scores a run in both directions and prints the table.
 
     Args:
         run_dir: a finished run.
-        shards: folder of shards; None: the split that the run itself was tested on.
+        shards: folder of shards, or its URL; None: the split that the run itself was tested on.
         output: JSON file for the scores, or None.
         console: where the table goes.
 

@@ -24,6 +24,7 @@ def test_braces_are_written_out_and_stars_looked_up(tmp_path: Path) -> None:
     assert folders(f"{tmp_path}/[ab]/train") == [f"{tmp_path}/a/train", f"{tmp_path}/b/train"]
     assert folders(tmp_path / "odd{1}/train") == [f"{tmp_path}/odd{{1}}/train"]
     assert folders("s3://bucket/{0..2}") == [f"s3://bucket/{number}" for number in range(3)]
+    assert folders("https://host/a/") == ["https://host/a"]
     with pytest.raises(InputError, match="nothing matches"):
         expand(f"{tmp_path}/x*")
     with pytest.raises(InputError, match="write braces as"):
