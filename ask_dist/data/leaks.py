@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.samples import Raw, read_clips
-from ask_dist.data.shards import ShardList
+from ask_dist.data.quarantine import Record
+from ask_dist.data.samples import Raw, read_clips, read_heads
+from ask_dist.data.shards import ShardList, stable_id
 
 LEAK = "held out"  # how the reason begins for which a clip was refused
 FLAC_MAGIC, STREAM_MD5 = b"fLaC\x00", slice(26, 42)
@@ -48,6 +50,26 @@ class HeldOut:
             found = self.sounds.get(sound_digest(raw.sound))
             if found is not None:
                 raise BadSample(f"{LEAK}: the same sound is in {found}")
+
+
+def audit(shards: ShardList, held_out: HeldOut) -> list[Record]:
+    """What training would meet of repeated keys and of clips that are held out, by the heads of all members.
+
+    Sounds other than FLAC are compared by key alone. Shards that can't be read are left to the loader.
+    """
+    met: set[int] = set()
+    records: list[Record] = []
+    for shard, label in enumerate(shards.labels):
+        with suppress(OSError, BadSample), shards.at_hand(shard) as path:
+            for key, heads in read_heads(path, STREAM_MD5.stop):
+                reasons = ["the key is that of an earlier clip"] if stable_id(key) in met else []
+                met.add(stable_id(key))
+                try:
+                    held_out.refuse(Raw(label, key, {name: head for name, head in heads.items() if name == "flac"}))
+                except BadSample as error:
+                    reasons.append(str(error))
+                records += [{"shard": label, "key": key, "reason": reason} for reason in reasons]
+    return records
 
 
 def sound_digest(data: bytes) -> bytes:

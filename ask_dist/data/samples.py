@@ -81,6 +81,21 @@ def read_shard(path: Path, first: int, count: int, name: str | None = None) -> I
         yield from itertools.repeat(Raw(name, "", {}, problem), count - done)
 
 
+def read_heads(path: Path, size: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys of a tar's clips, and the first `size` bytes of their members by extension; far less than all of the file.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    with path.open("rb") as stream:
+        for key, found, _ in _clips(stream):
+            heads = {}
+            for extension, member in found:
+                stream.seek(member.offset)
+                heads[extension] = stream.read(min(size, member.size))
+            yield key, heads
+
+
 def _clips(stream: BinaryIO) -> Iterator[tuple[str, list[tuple[str, Member]], bool]]:
     """Key, members with their extensions, and whether the key was in the shard before."""
     named = ((*_key_and_extension(member.name), member) for member in members(stream))

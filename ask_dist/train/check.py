@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ask_dist import cluster
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.config import Config
 from ask_dist.data.captions import captions
+from ask_dist.data.leaks import HeldOut, audit
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
@@ -25,6 +27,7 @@ from ask_dist.train import loop
 from ask_dist.train.run import check_data, steps_per_epoch
 
 SAMPLE_CAPTIONS = 2000
+SHOWN = 5  # warnings
 
 
 def check(config: Config, console: Console) -> None:
@@ -38,6 +41,7 @@ def check(config: Config, console: Console) -> None:
     _check_writable(config.run_dir)
     _check_machine(config)
     console.print(_data_table(config, shards))
+    _audit(shards, console)
     console.print(_resource_table(config))
     loss, seconds, parameters = synthetic_step(config, shards["train"])
     console.print(
@@ -86,6 +90,21 @@ def _synthetic_neighbours(config: Config) -> Neighbours:
     bank.upsert(np.arange(rows), values[0], values[1], None, 0)
     # The batch's own pairs are the first rows of this bank.
     return Neighbours.of(bank.search_ids(np.arange(config.optimization.micro_batch_size), config.knowledge.neighbours))
+
+
+def _audit(shards: dict[str, ShardList], console: Console) -> None:
+    """Names repeated keys and held-out clips in the training shards, where these lie on this machine."""
+    if shards["train"].remote:
+        return
+    with console.status("looking for repeated keys and held-out clips"):
+        found = audit(
+            shards["train"], HeldOut.of({split: listed for split, listed in shards.items() if split != "train"})
+        )
+    for record in found[:SHOWN]:
+        line = escape(f"{record['shard']} {record['key']}: {record['reason']}")
+        console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)
+    if len(found) > SHOWN:
+        console.print(f"[yellow]warning:[/] and {len(found) - SHOWN} more like these", highlight=False)
 
 
 def _check_writable(run_dir: Path) -> None:

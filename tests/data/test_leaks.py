@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ask_dist.data.leaks import HeldOut, sound_digest
+from ask_dist.data.leaks import HeldOut, audit, sound_digest
 from ask_dist.data.loader import EvalLoader, TrainLoader
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip, ShardList
@@ -64,3 +64,19 @@ def test_so_does_the_encoding_of_a_bank(splits: dict[str, ShardList]) -> None:
     loader = EvalLoader(splits["train"], held_out=HeldOut.of({"test": splits["test"]}), **options)
     assert sum(len(batch.keys) for batch in loader.batches()) == 37
     assert loader.bad.count == 3
+
+
+def test_an_audit_names_repeated_keys_and_leaks_before_a_run(
+    splits: dict[str, ShardList], tmp_path: Path, make_clip: MakeClip
+) -> None:
+    write_shards(map(make_clip, range(38, 50)), tmp_path / "more", "train", clips_per_shard=5)
+    found = audit(ShardList.load([tmp_path / "train", tmp_path / "more"]), HeldOut.of({"test": splits["test"]}))
+    assert [(Path(record["shard"]).parent.name, record["key"]) for record in found] == [
+        ("train", "clip-005"),
+        ("train", "clip-006"),
+        ("train", "clip-007"),
+        ("more", "clip-038"),
+        ("more", "clip-039"),
+    ]
+    assert found[-1]["reason"] == "the key is that of an earlier clip"
+    assert audit(splits["validation"], HeldOut.of({"test": splits["test"]})) == []
