@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -16,11 +17,13 @@ from fsspec.callbacks import Callback
 
 from ask_dist.data.audio import BadSample
 from ask_dist.data.places import READ_SECONDS, filesystem, one_line
+from ask_dist.files import refusal, writing
 
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ask-dist" / "shards"
 DEFAULT_GIB = 20.0
 LARGEST_SIZES = 1 << 28  # bytes of a sizes.json
 FORGOTTEN = 3600.0  # seconds after which an unfinished download is nobody's any more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +76,7 @@ class ShardCache:
 
         Raises:
             BadSample: it can't be had, or is not what `sha256` says.
+            DiskError: the cache's disk is full or can't be written.
         """
         path = self.place(url, sha256)
         descriptor = self._hold(path)
@@ -120,9 +124,10 @@ class ShardCache:
 
         Raises:
             BadSample: all tries failed, or it can't get better; says why.
-            DiskError, OSError: the disk refused.
+            DiskError: the disk is full or can't be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         pause, attempt, problem = self.pause, 0, ""
         while attempt < self.tries:
@@ -138,6 +143,8 @@ class ShardCache:
                     return
                 problem = f"{aside.stat().st_size} bytes came, whose SHA-256 is not that of sizes.json"
             except Exception as error:  # each library has errors of its own
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise refusal(path, error.errno) from None
                 problem = one_line(error)
                 if not _may_pass(error):
                     break

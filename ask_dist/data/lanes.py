@@ -54,7 +54,7 @@ class LaneReader(IterableDataset[Part]):
         self._shards, self._order, self._lanes, self._cut = shards, order, lanes, cut
         self._start_step = start_step
         self._notices: list[Record] = []
-        self._opened: set[int] = set()
+        self._verified: set[int] = set()
 
     def starting_at(self, step: int) -> LaneReader:
         """The same from another step on."""
@@ -100,12 +100,17 @@ class LaneReader(IterableDataset[Part]):
 
     def _piece(self, piece: Piece) -> Iterator[tuple[Raw, int]]:
         name = self._shards.labels[piece.shard]
-        if piece.shard not in self._opened:  # once a process: later epochs read the same bytes
-            self._opened.add(piece.shard)
-            if self._shards.changed(piece.shard):
-                self._notices.append({"shard": name, "key": "", "reason": CHANGED})
-        for raw in read_clips(self._shards, piece.shard, piece.first, piece.clips, name):
+        for place, raw in enumerate(read_clips(self._shards, piece.shard, piece.first, piece.clips, name), 1):
+            if place == piece.clips:  # by now the file is in memory, and nothing waited for it
+                self._verify(piece.shard, name)
             yield raw, piece.turn
+
+    def _verify(self, shard: int, name: str) -> None:
+        """Names a shard that is not what was packed; once a process, since later epochs read the same bytes."""
+        if shard not in self._verified:
+            self._verified.add(shard)
+            if self._shards.changed(shard):
+                self._notices.append({"shard": name, "key": "", "reason": CHANGED})
 
     def _decode(self, clips: Sequence[tuple[Raw, int] | None], epoch: int) -> Part:
         size = len(clips)

@@ -16,8 +16,9 @@ from ask_dist.data.cache import ShardCache, file_sha256
 from ask_dist.data.captions import captions
 from ask_dist.data.loader import Batch, EvalLoader, TrainLoader
 from ask_dist.data.shards import ShardList
-from ask_dist.errors import InputError
+from ask_dist.errors import DiskError, InputError
 from tests.data.server import Server, serving
+from tests.mounts import mounted
 
 
 @pytest.fixture
@@ -146,6 +147,14 @@ def test_a_server_that_never_stops_is_cut_off(server: Server, shards: ShardList,
     ):
         pass
     assert files_of(cache) == []
+
+
+def test_a_full_disk_ends_the_run_and_loses_no_shard(server: Server, shards: ShardList, tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=16k") as small:
+        cache = cache_in(small)
+        with pytest.raises(DiskError, match="No space left"), cache.opened(*url_of(shards, server, 0)):
+            pass
+        assert files_of(cache) == []
 
 
 READER = """
