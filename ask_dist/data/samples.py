@@ -68,16 +68,17 @@ def read_shard(path: Path, first: int, count: int, name: str | None = None) -> I
     A clip is a run of members with one key. Members that are neither a sound nor JSON are never opened. The clips'
     `shard` is `name`, by default that of the file.
     """
-    name, done, reason = name or path.name, 0, ""
+    name, there, done, reason = name or path.name, 0, 0, ""
     try:
         with path.open("rb") as stream:
-            for key, found, repeated in itertools.islice(_clips(stream), first, first + count):
-                yield _read(stream, name, key, found, repeated)
-                done += 1
+            for there, (key, found, repeated) in enumerate(itertools.islice(_clips(stream), first + count), 1):
+                if there > first:
+                    yield _read(stream, name, key, found, repeated)
+                    done += 1
     except OSError as error:
         reason = f": {error.strerror}"
     if done < count:
-        problem = f"the shard could be read up to clip {first + done} only{reason}"
+        problem = f"the shard has {there} clips that can be read, not all of those listed{reason}"
         yield from itertools.repeat(Raw(name, "", {}, problem), count - done)
 
 

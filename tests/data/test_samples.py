@@ -45,6 +45,14 @@ def test_a_truncated_shard_still_gives_as_many_clips(corpus: Path, tmp_path: Pat
         assert size < len(data) // 2 or len(whole) >= 4
 
 
+def test_any_stretch_of_a_short_shard_gives_the_same_reason(corpus: Path, tmp_path: Path) -> None:
+    data = (corpus / "train-000000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: data.index(b"clip-004.flac")])
+    problems = [[raw.problem for raw in read_shard(tmp_path / "cut.tar", *part)] for part in ((0, 6), (6, 4))]
+    assert problems[0][:4] == [None] * 4
+    assert set(problems[0][4:] + problems[1]) == {"the shard has 4 clips that can be read, not all of those listed"}
+
+
 def test_garbage_and_missing_shards_give_problems(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.tar").write_bytes(np.random.default_rng(0).bytes(20000))
     data = bytearray((corpus / "train-000000.tar").read_bytes())
@@ -186,7 +194,7 @@ def test_members_of_terabytes_and_large_json_are_named_unread(corpus: Path, tmp_
     path.write_bytes(header("x.flac", LARGEST["flac"]) + clip["flac"])
     assert next(read_shard(path, 0, 1)).problem == "the shard ends in its .flac"
     path.write_bytes(header("x.flac", -512) * 3)  # would lead backwards for ever
-    assert "up to clip 0 only" in str(next(read_shard(path, 0, 1)).problem)
+    assert "has 0 clips that can be read" in str(next(read_shard(path, 0, 1)).problem)
     tar_of(
         path, [("x.flac", clip["flac"]), ("x.json", b" " * ((1 << 20) + 1)), *((f"y.{e}", d) for e, d in clip.items())]
     )
