@@ -66,7 +66,7 @@ bench: corpus  ## runs/bench/bench.json: trainer, loader, bank and knowledge ste
 bench-bank: corpus  ## runs/bench/bank.json: the bank and the refiner as a service, and the constants of `ask-dist plan`
 	$(BIN)/python -m ask_dist.bench.service
 
-bench-data: $(INSTALLED)  ## runs/bench/data.json: packing against its yardstick
+bench-data: corpus  ## runs/bench/data.json: packing and reading against their yardsticks
 	$(BIN)/python -m ask_dist.bench.data
 
 requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from ask_dist.bench.loader import loader_vs_webdataset, start_of_epoch
 from ask_dist.bench.machine import machine
 from ask_dist.bench.pack import pack_vs_bare_loop
 from ask_dist.files import write_atomically
 
-FIGURES: dict[str, Callable[[], dict[str, float]]] = {"pack_vs_bare_loop": pack_vs_bare_loop}
+SHARDS = Path("shards/sampled_scenes/test")
+FIGURES: dict[str, Callable[[], dict[str, float]]] = {
+    "pack_vs_bare_loop": pack_vs_bare_loop,
+    "loader_vs_webdataset": partial(loader_vs_webdataset, SHARDS),
+    "start_of_epoch": start_of_epoch,
+}
 OUTPUT = Path("runs/bench/data.json")
 
 
