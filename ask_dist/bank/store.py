@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ask_dist.bank.memory import COUNTERS, PER_ROW
 from ask_dist.bank.messages import State
 from ask_dist.errors import InputError
-from ask_dist.files import write_atomically
+from ask_dist.files import sync_folder, write_atomically
 
 KEEP = 2
 BLOCK_BYTES = 16 * 2**20
+HASHERS = 4  # threads; each holds one block
+ROWS_AT_ONCE = 4096
+KINDS = {"I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 MANIFEST_BYTES = 16 * 2**20  # a manifest is read whole; this holds the checksums of 4 TB
 NAME = re.compile(r"snapshot-(\d{9})\.json")
 
@@ -61,7 +65,7 @@ class Manifest(BaseModel):
     newest_step: Size
     source: str = ""
     bytes: Size
-    block_bytes: Annotated[int, Field(ge=1, le=2**30)]
+    block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES)]
     blocks: tuple[Digest, ...]
 
     @property
@@ -70,7 +74,7 @@ class Manifest(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP) -> Path:
+def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP, number: int | None = None) -> Path:
     """Write a bank's `state()` as the folder's newest snapshot; the folder is made if missing.
 
     Args:
@@ -78,6 +82,7 @@ def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP
         state: of `KnowledgeBank.state()`.
         source: where the rows come from, for who inspects the folder.
         keep: snapshots that stay, this one included.
+        number: of the snapshot, above all others' there; the next one if not given.
 
     Returns:
         The manifest's path.
@@ -87,8 +92,8 @@ def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    older = snapshots(folder)
-    number = int(older[0].stem[-9:]) + 1 if older else 0
+    if number is None:
+        number = max(map(number_of, snapshots(folder)), default=-1) + 1
     path = folder / f"snapshot-{number:09d}.json"
     data, aside = path.with_suffix(".safetensors"), folder / ".unfinished"
     try:
@@ -104,7 +109,7 @@ def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP
             source=source,
             bytes=aside.stat().st_size,
             block_bytes=BLOCK_BYTES,
-            blocks=tuple(_digests(aside, BLOCK_BYTES)),
+            blocks=_digests(aside, BLOCK_BYTES),
         )
         os.replace(aside, data)
     finally:
@@ -112,6 +117,24 @@ def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP
     write_atomically(path, f"{manifest.model_dump_json()}\n{manifest.digest}\n".encode())
     _prune(folder, keep)
     return path
+
+
+def link(path: Path, folder: Path, number: int) -> None:
+    """Make a snapshot the newest of another folder as well, without a copy: both names are hard links to one file.
+
+    Args:
+        path: of its manifest.
+        folder: exists; of one bank alone.
+        number: that it gets there, above all others'.
+
+    Raises:
+        OSError: the folder is on another file system, or on one that has no hard links.
+    """
+    linked = folder / f"snapshot-{number:09d}.json"
+    os.link(path.with_suffix(".safetensors"), linked.with_suffix(".safetensors"))
+    os.link(path, linked)
+    sync_folder(folder)
+    _prune(folder, KEEP)
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -133,7 +156,8 @@ def _prune(folder: Path, keep: int) -> None:
 
 def _is_whole(path: Path) -> bool:
     try:
-        return bool(read(path))
+        check(path)
+        return True
     except DamagedSnapshot:
         return False
 
@@ -144,6 +168,11 @@ def load(folder: Path | str) -> State:
     Raises:
         InputError: no snapshot there, or none that is whole.
     """
+    return newest(folder)[1]
+
+
+def newest(folder: Path | str) -> tuple[Path, State]:
+    """The manifest's path and the state of the newest snapshot that is whole, as `load` finds it."""
     damaged = []
     for path in snapshots(folder):
         try:
@@ -153,7 +182,7 @@ def load(folder: Path | str) -> State:
             continue
         for reason in damaged:
             log.warning("%s; %s is used in its place", reason, path.name)
-        return state
+        return path, state
     raise InputError("; ".join(damaged) or f"{folder} holds no readable bank: give a folder with snapshot-*.json")
 
 
@@ -163,29 +192,58 @@ def snapshots(folder: Path | str) -> list[Path]:
     return sorted((path for path in found if NAME.fullmatch(path.name)), reverse=True)
 
 
+def number_of(path: Path) -> int:
+    """The number in the name of a snapshot."""
+    return int(path.stem[-9:])
+
+
 def read(path: Path) -> State:
     """The state of one snapshot, every byte of it checked.
 
     Args:
         path: of its manifest.
 
+    Returns:
+        `audio` and `text` as read-only views of the file, so that they take no memory until they are used; they stay
+        valid when the snapshot is removed.
+
     Raises:
         DamagedSnapshot: a file is missing or is not what was written, or its arrays are no bank.
     """
-    manifest, data = read_manifest(path), path.with_suffix(".safetensors")
+    manifest, data = check(path), path.with_suffix(".safetensors")
     try:
-        if data.stat().st_size != manifest.bytes:
-            raise DamagedSnapshot(f"{data} has {data.stat().st_size} bytes, not {manifest.bytes}: {_remedy(path)}")
-        for number, (found, wanted) in enumerate(_pairs(data, manifest)):
-            if found != wanted:
-                raise DamagedSnapshot(f"{data} does not match its checksum in block {number}: {_remedy(path)}")
-        state = load_file(data)
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy has not
+        state = _mapped(data)
+    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype of another program
         raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
     problem = _problem(state, manifest)
     if problem:
         raise DamagedSnapshot(f"{data} is no bank: {problem}; {_remedy(path)}")
     return state
+
+
+def check(path: Path) -> Manifest:
+    """Compare every byte of one snapshot with its checksums, a few blocks at a time.
+
+    Args:
+        path: of its manifest.
+
+    Raises:
+        DamagedSnapshot: a file is missing or is not what was written.
+    """
+    manifest, data = read_manifest(path), path.with_suffix(".safetensors")
+    try:
+        size = data.stat().st_size
+        if size != manifest.bytes:
+            raise DamagedSnapshot(f"{data} has {size} bytes, not {manifest.bytes}: {_remedy(path)}")
+        if len(manifest.blocks) != -(-size // manifest.block_bytes):
+            raise DamagedSnapshot(f"{data}: {len(manifest.blocks)} checksums don't cover {size} bytes; {_remedy(path)}")
+        found = _digests(data, manifest.block_bytes)
+    except OSError as error:
+        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
+    for number, (digest, wanted) in enumerate(zip(found, manifest.blocks, strict=True)):
+        if digest != wanted:
+            raise DamagedSnapshot(f"{data} does not match its checksum in block {number}: {_remedy(path)}")
+    return manifest
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -220,9 +278,10 @@ def _problem(state: State, manifest: Manifest) -> str | None:
             return f"{name} is missing"
         if (state[name].shape, state[name].dtype) != (shape, kind):
             return f"{name} is {state[name].dtype} {list(state[name].shape)}, not {kind} {list(shape)}"
-    if len(np.unique(state["ids"])) != rows:
+    ids = np.sort(state["ids"])
+    if (ids[1:] == ids[:-1]).any():
         return "an id occurs twice"
-    if not all(np.isfinite(state[name]).all() for name in ("audio", "text", "reliability")):
+    if not all(_finite(state[name]) for name in ("audio", "text", "reliability")):
         return "a value is not finite"
     return _problem_of_prototypes({name: state[name] for name in state.keys() - wanted.keys()}, dim)
 
@@ -247,17 +306,35 @@ def _problem_of_prototypes(arrays: State, dim: int) -> str | None:
     return None
 
 
-def _pairs(data: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    if len(manifest.blocks) != -(-manifest.bytes // manifest.block_bytes):
-        blocks = len(manifest.blocks)
-        raise DamagedSnapshot(f"{data}: {blocks} checksums don't cover {manifest.bytes} bytes; {_remedy(data)}")
-    yield from zip(_digests(data, manifest.block_bytes), manifest.blocks, strict=True)
+def _finite(values: np.ndarray) -> bool:
+    parts = (values[start : start + ROWS_AT_ONCE] for start in range(0, len(values), ROWS_AT_ONCE))
+    return all(np.isfinite(part).all() for part in parts)
 
 
-def _digests(path: Path, block_bytes: int) -> Iterator[str]:
-    with open(path, "rb") as file:
-        while block := file.read(block_bytes):
-            yield hashlib.sha256(block).hexdigest()
+def _mapped(data: Path) -> State:
+    """The arrays of a safetensors file; the library vouches that they follow one another without a gap."""
+    with safe_open(data, "numpy") as file:
+        facts = {name: file.get_slice(name) for name in file.offset_keys()}
+        shapes = {name: (tuple(told.get_shape()), told.get_dtype()) for name, told in facts.items()}
+    whole = np.memmap(data, np.uint8, "r")
+    begin = 8 + int.from_bytes(whole[:8].tobytes(), "little")
+    state: State = {}
+    for name, (shape, kind) in shapes.items():
+        if kind not in KINDS:
+            raise TypeError(f"{name} is {kind}")
+        end = begin + math.prod(shape) * np.dtype(KINDS[kind]).itemsize
+        values = np.asarray(whole[begin:end]).view(KINDS[kind]).reshape(shape)
+        state[name] = values if name in ("audio", "text") else values.copy()
+        begin = end
+    return state
+
+
+def _digests(path: Path, block_bytes: int) -> tuple[str, ...]:
+    """SHA-256 of each block. Hashing takes longer than reading, and lets other threads go on."""
+    with open(path, "rb") as file, ThreadPoolExecutor(HASHERS) as pool:
+        starts = range(0, os.fstat(file.fileno()).st_size, block_bytes)
+        blocks = pool.map(lambda start: hashlib.sha256(os.pread(file.fileno(), block_bytes, start)).hexdigest(), starts)
+        return tuple(blocks)
 
 
 def _remedy(path: Path) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,47 @@ def test_every_flipped_byte_is_found(tmp_path, rng):
                 store.read(path)
         file.write_bytes(content)
     store.read(path)
+
+
+@pytest.fixture
+def large(tmp_path, rng, monkeypatch) -> Path:
+    """The manifest of a snapshot of 20 MB."""
+    monkeypatch.setattr(store, "BLOCK_BYTES", 2**20)
+    bank, rows = KnowledgeBank(dim=500, capacity=10_000), rng.normal(size=(10_000, 500)).astype(np.float16)
+    bank.upsert(np.arange(10_000), rows, rows, None, step=3)
+    return store.save(tmp_path / "large", bank.state())
+
+
+def test_a_seeded_sample_of_flipped_bits_in_a_large_one_is_found(large, rng):
+    data = large.with_suffix(".safetensors")
+    size = data.stat().st_size
+    assert size > 20e6
+    with open(data, "r+b", buffering=0) as file:
+        for position in rng.choice(size, 30, replace=False).tolist():
+            (byte,) = os.pread(file.fileno(), 1, position)
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << int(rng.integers(8))]), position)
+            with pytest.raises(store.DamagedSnapshot, match=f"in block {position // 2**20}:"):
+                store.read(large)
+            os.pwrite(file.fileno(), bytes([byte]), position)
+    store.read(large)
+
+
+def test_neither_reading_nor_writing_copies_the_embeddings(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MANIFEST_BYTES", 2**16)  # a buffer of that size is made at once
+    tracemalloc.start()
+    try:
+        state = store.read(large)
+        store.save(tmp_path / "copy", state)
+        store.link(store.snapshots(tmp_path / "copy")[0], large.parent, 7)
+        assert tracemalloc.get_traced_memory()[1] < 10e6  # the blocks being hashed
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(ValueError, match="read-only"):
+        state["audio"][0, 0] = 1
+    data = large.with_suffix(".safetensors")
+    assert store.read_manifest(store.snapshots(large.parent)[0]).digest == store.read_manifest(large).digest
+    data.unlink()
+    assert state["audio"][-1, -1] == store.load(large.parent)["audio"][-1, -1]  # still readable
 
 
 @pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
