@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ask_dist.bank.shard import capacity_of, shard_names
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 
+BANK = "bank"  # folder of a run: its durable bank, a folder a shard
 # A local cluster's defaults; whoever sets one of them in the environment wins.
 LOCAL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the workers' torch threads are set in the loop; FAISS and BLAS in actors stay at one
@@ -121,21 +123,23 @@ class Actors:
         return (*itertools.chain(*self.bank), *([] if self.refiner is None else [self.refiner]))
 
     @property
-    def stateful(self) -> dict[str, Any]:
-        """Those whose state a checkpoint keeps, by the name of its file: primaries and refiner."""
+    def primaries(self) -> dict[str, Any]:
+        """The first actor of each shard, by the name of the shard's folder in a checkpoint."""
         primaries = [primary for primary, *_ in self.bank]
-        kept = dict(zip(shard_names(len(primaries)), primaries, strict=True))
-        return kept | ({} if self.refiner is None else {"refiner": self.refiner})
+        return dict(zip(shard_names(len(primaries)), primaries, strict=True))
 
 
 def start_actors(config: Config) -> Actors:
     """The bank, and the refiner where the strategy is not "none"; all start while the caller goes on.
 
-    They belong to the caller's process and end with it. All come back after a crash: a shard of the bank empty, to be
-    filled by the workers' upserts, a replica as a copy of its shard, the refiner with a fresh network.
+    They belong to the caller's process and end with it. All come back after a crash: a shard of the bank with all that
+    was written to it where `bank.durable` is set, else empty, to be filled by the workers' upserts; a replica as a copy
+    of its shard, the refiner with a fresh network. What an earlier run left of its bank goes: a run goes on from
+    checkpoints, which share its snapshots.
     """
     if not config.knowledge.enabled:
         return Actors()
+    shutil.rmtree(config.run_dir / BANK, ignore_errors=True)
     name = f"bank-{config.name}-{uuid.uuid4().hex[:8]}"
     names = [f"{name}-{shard}" for shard in range(config.bank.shards)]
     group = _spread(config)
@@ -171,6 +175,7 @@ def _spread(config: Config) -> PlacementGroup | None:
 
 def _bank_actor(config: Config, group: PlacementGroup | None, shard: int, copy: int, primary: str) -> Any:
     """One actor of the bank: the first of its shard bears the name, the others follow it."""
+    kept = config.run_dir / BANK
     options: dict[str, Any] = {"num_cpus": config.cluster.bank_cpus, "num_gpus": config.cluster.bank_gpus}
     if group is not None:
         bundle = shard * config.bank.replicas + copy
@@ -178,6 +183,7 @@ def _bank_actor(config: Config, group: PlacementGroup | None, shard: int, copy: 
     return RemoteBankActor.options(**options, name=None if copy else primary).remote(
         primary=primary if copy else None,
         neighbours=config.knowledge.neighbours,
+        durable_path=str(kept / str(shard)) if config.bank.durable and not copy else None,
         dim=config.model.embedding_dim,
         capacity=capacity_of(config.bank.capacity, config.bank.shards),
         dtype=config.bank.dtype,

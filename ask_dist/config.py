@@ -171,6 +171,7 @@ class Bank(Section):
 
     capacity: Count = Field(1_000_000, description="most rows that it may hold")
     dtype: Literal["float16", "float32"] = "float32"
+    durable: bool = Field(False, description="keep a journal and snapshots in the run's folder: no crash empties it")
     prototypes: tuple[Count, ...] = Field((32, 128), description="granularities of the coarse knowledge")
     threads: Count = Field(1, description="FAISS threads")
     index: Literal["flat", "ivf_flat"] = Field("flat", description="flat: exact search; ivf_flat: by inverted files")

@@ -20,7 +20,7 @@ def local_ray() -> Iterator[None]:
     """A local Ray with two CPUs for the whole session."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

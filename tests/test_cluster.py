@@ -51,7 +51,7 @@ def test_a_bank_has_an_actor_for_each_shard_and_replica_and_a_refiner_for_all(lo
     actors = cluster.start_actors(run)
     try:
         assert [len(shard) for shard in actors.bank] == [2, 2]
-        assert list(actors.stateful) == ["bank-0", "bank-1", "refiner"]
+        assert list(actors.primaries) == ["bank-0", "bank-1"]
         assert actors.group is None  # nothing is reserved
         rows = np.eye(8, dtype=np.float32)[np.arange(80) % 8]
         for shard, (primary, _) in enumerate(actors.bank):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
 from ask_dist.bank import store
+from ask_dist.bank.durable import DurableBank
 from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes
-from ask_dist.bank.shard import Changes, Chosen, Found, KnowledgeShard, Mark, OwnRows
+from ask_dist.bank.shard import Changes, Chosen, Found, KnowledgeShard, Mark, OwnRows, shard_state
+from ask_dist.files import writing
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ class BankActor:
         neighbours: k of `search_ids`.
         state_path: a folder written by `store.save`, loaded if it holds a bank. A restarted actor runs its
             constructor again, so it comes back with what was last saved there.
+        durable_path: a folder of a `DurableBank`: a restarted actor comes back with all that was written.
         primary: name of the actor that this one is a read replica of: it takes no writes, asks that actor twice a
             second for what was written there, and fills itself from it whenever either of them was restarted.
         maintenance_seconds: pause between two looks at whether inverted files are to be trained.
@@ -39,16 +44,18 @@ class BankActor:
         *,
         neighbours: int,
         state_path: str | None = None,
+        durable_path: str | None = None,
         primary: str | None = None,
         maintenance_seconds: float = 30.0,
         **settings: Any,
     ) -> None:
         self._neighbours, self._settings = neighbours, settings
-        self._bank = KnowledgeShard(**settings)
+        self._durable = None if durable_path is None else DurableBank(Path(durable_path), self._made)
+        self._bank = self._made({}) if self._durable is None else self._durable.bank
         if settings.get("index", "flat") != "flat":
             threading.Thread(target=self._maintain, args=(maintenance_seconds,), name="maintain", daemon=True).start()
         if state_path is not None and store.snapshots(state_path):
-            self.load_state(store.load(state_path))
+            self.load([state_path])
         if primary is not None:
             threading.Thread(target=self._follow, args=(primary,), name="follow", daemon=True).start()
 
@@ -73,30 +80,61 @@ class BankActor:
     def upsert(
         self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, reliability: np.ndarray | None, step: int
     ) -> int:
-        return self._bank.upsert(ids, audio, text, reliability, step)
+        return (self._durable or self._bank).upsert(ids, audio, text, reliability, step)
 
     def snapshot(self) -> Snapshot:
         return self._bank.snapshot()
 
     def commit(self, commit: Commit) -> CommitResult:
-        return self._bank.commit(commit)
+        return (self._durable or self._bank).commit(commit)
 
     def prototypes(self) -> Prototypes | None:
         return self._bank.prototypes
 
     def metrics(self) -> dict[str, float]:
-        return self._bank.metrics()
+        return self._bank.metrics() | (self._durable.metrics() if self._durable else {})
 
-    def state(self) -> State:
-        return self._bank.state()
+    @ray.method(max_task_retries=-1)  # a checkpoint waits for a bank that is being restarted
+    def save(self, folder: str) -> str:
+        """Write the bank as the one snapshot of another folder.
 
-    def load_state(self, state: State) -> None:
-        """Replace the whole bank by a saved one; an empty state empties it."""
-        self._bank = KnowledgeShard.from_state(state, **self._settings) if state else KnowledgeShard(**self._settings)
+        Returns:
+            The snapshot's digest.
+
+        Raises:
+            DiskError: the folder can't be written.
+        """
+        place, durable = Path(folder), self._durable
+        with writing(place):
+            path = durable.save(place) if durable else store.save(place, self._bank.state(), keep=1)
+            return store.read_manifest(path).digest
+
+    @ray.method(max_task_retries=-1)
+    def load(self, folders: Sequence[str], shard: int = 0, shards: int = 1) -> None:
+        """Replace the whole bank by a saved one.
+
+        Args:
+            folders: of the newest snapshots of every shard of that bank, in order; none empties the bank.
+            shard, shards: which part of it this one is to be; where it was saved in another number it is split anew.
+
+        Raises:
+            InputError: no snapshot in one of them that is whole and fits; the bank is then as before.
+        """
+        path: Path | None = None
+        if len(folders) == shards:
+            path, state = store.newest(folders[shard])
+        else:
+            state = shard_state(map(store.load, folders), shard, shards)
+        if self._durable:
+            self._durable.load(state, path)
+        self._bank = self._durable.bank if self._durable else self._made(state)
 
     def ping(self) -> int:
         """The number of rows: an answer means that the bank is up."""
         return len(self._bank)
+
+    def _made(self, state: State) -> KnowledgeShard:
+        return KnowledgeShard.from_state(state, **self._settings) if state else KnowledgeShard(**self._settings)
 
     def _follow(self, primary: str) -> None:
         mark, reached = Mark(), True
@@ -104,7 +142,7 @@ class BankActor:
             try:
                 changes = ray.get(ray.get_actor(primary).changes.remote(mark))
                 if changes.restart:
-                    self._bank = KnowledgeShard(**self._settings)
+                    self._bank = self._made({})
                 self._bank.follow(changes)
                 mark, reached = changes.mark, True
                 if changes.more:

@@ -18,7 +18,7 @@ from ask_dist.bank.memory import PER_ROW, KnowledgeBank
 from ask_dist.bank.messages import Knowledge, Modality, State
 
 CHANGES = 65_536  # rows that a replica is sent at a time: bounds what is copied while the bank's lock is held
-SUMS = ("bank/rows", "bank/upserts", "bank/rejected", "bank/inverted_rows")
+SUMS = ("bank/rows", "bank/upserts", "bank/rejected", "bank/inverted_rows", "bank/journal_bytes")
 MIX = np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hash: ids that are numbered in a row spread evenly
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ask_dist.bank import store
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically, writing
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, ENGINE = "manifest.json", "engine.safetensors"
 FOLDER = "checkpoints"  # of a run; Ray Train keeps its own files there too
 UNFINISHED = ".unfinished"
+
+
+SaveBank = Callable[[Path], str]  # takes the snapshot's folder, gives its digest
 
 
 class DamagedCheckpoint(InputError):
@@ -38,12 +42,14 @@ class Manifest:
         global_step, samples_seen: how far the run was; the loader's position follows from global_step alone.
         lineage: digest of what must not change between a run and its continuation, see `lineage`.
         sha256: digest of each file, by name.
+        snapshots: digest of each bank's snapshot, by the name of its folder.
     """
 
     global_step: int
     samples_seen: int
     lineage: str
     sha256: dict[str, str]
+    snapshots: dict[str, str]
     format: int = FORMAT
 
 
@@ -63,7 +69,8 @@ def write(
     keep: int,
     *,
     engine: dict[str, Tensor],
-    actors: Mapping[str, Mapping[str, np.ndarray]],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    banks: Mapping[str, SaveBank],
     global_step: int,
     samples_seen: int,
     lineage: str,
@@ -76,7 +83,8 @@ def write(
         run_dir: the run's folder.
         keep: how many checkpoints stay, this one included.
         engine: `Engine.state()`.
-        actors: arrays of the bank and the refiner, by file name.
+        arrays: of the refiner, by file name.
+        banks: what writes a bank's snapshot, by the name that its folder gets.
 
     Returns:
         The checkpoint's folder.
@@ -93,7 +101,8 @@ def write(
             save(
                 unfinished,
                 engine=engine,
-                actors=actors,
+                arrays=arrays,
+                banks=banks,
                 global_step=global_step,
                 samples_seen=samples_seen,
                 lineage=lineage,
@@ -114,7 +123,8 @@ def save(
     folder: Path,
     *,
     engine: dict[str, Tensor],
-    actors: Mapping[str, Mapping[str, np.ndarray]],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    banks: Mapping[str, SaveBank],
     global_step: int,
     samples_seen: int,
     lineage: str,
@@ -124,14 +134,16 @@ def save(
     Args:
         folder: exists and is private to the caller.
         engine: `Engine.state()`.
-        actors: arrays of the bank and the refiner, by file name.
+        arrays: of the refiner, by file name.
+        banks: what writes a bank's snapshot, by the name that its folder gets.
     """
     save_file(engine, folder / ENGINE)
-    for name, arrays in actors.items():
-        whole = {key: np.asarray(value, order="C") for key, value in arrays.items()}
-        save_arrays(whole, folder / f"{name}.safetensors")
+    for name, values in arrays.items():
+        whole = {key: np.asarray(value, order="C") for key, value in values.items()}
+        save_numpy(whole, folder / f"{name}.safetensors")
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    manifest = Manifest(global_step, samples_seen, lineage, digests)
+    snapshots = {name: save_bank(folder / name) for name, save_bank in banks.items()}
+    manifest = Manifest(global_step, samples_seen, lineage, digests, snapshots)
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
@@ -163,7 +175,20 @@ def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
         path = folder / Path(name).name
         if not path.is_file() or _sha256(path) != digest:
             raise DamagedCheckpoint(f"{path} is missing or damaged (its SHA-256 differs from the manifest)")
+    for name, digest in manifest.snapshots.items():
+        _check_bank(folder / Path(name).name, digest)
     return manifest
+
+
+def _check_bank(folder: Path, digest: str) -> None:
+    try:
+        newest = store.snapshots(folder)[0]
+        if store.check(newest).digest != digest:
+            raise DamagedCheckpoint(f"{newest} is another snapshot than that of the checkpoint")
+    except IndexError:
+        raise DamagedCheckpoint(f"{folder} is missing or damaged (it holds no snapshot of a bank)") from None
+    except store.DamagedSnapshot as error:
+        raise DamagedCheckpoint(f"{folder} is missing or damaged ({error})") from None
 
 
 def load_engine(folder: Path) -> dict[str, Tensor]:
@@ -171,10 +196,15 @@ def load_engine(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / ENGINE)
 
 
-def load_actor(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """The arrays of the bank or the refiner of a verified checkpoint; empty when it had none."""
+def load_arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """The arrays of the refiner of a verified checkpoint; empty when it had none."""
     path = folder / f"{name}.safetensors"
-    return load_arrays(path) if path.is_file() else {}
+    return load_numpy(path) if path.is_file() else {}
+
+
+def bank_folders(folder: Path) -> list[str]:
+    """The folders with the bank's snapshots in a verified checkpoint, a shard each, in order."""
+    return sorted(map(str, folder.glob("bank*")), key=lambda path: (len(path), path))
 
 
 def newest_intact(run_dir: Path, expected_lineage: str) -> tuple[Path | None, list[str]]:

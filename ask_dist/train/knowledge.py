@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ask_dist.bank.client import BankClient
 from ask_dist.bank.service import BankService
-from ask_dist.bank.shard import OwnRows, shard_names, shard_state, stacked, whole_metrics
+from ask_dist.bank.shard import OwnRows, stacked, whole_metrics
 from ask_dist.cluster import Actors
 from ask_dist.config import Config
 from ask_dist.errors import InputError
@@ -111,21 +111,33 @@ class KnowledgeSource:
             )
 
 
-def load_actors(actors: Actors, folder: Path) -> None:
-    """Puts the actors back to a verified checkpoint.
+def save_bank(primary: Any, folder: Path) -> str:
+    """Has a shard of the bank write its snapshot; gives its digest."""
+    return answer(primary.save.remote(str(folder)))
 
-    A bank that was saved in another number of shards is split anew, a shard at a time; the refiner then begins anew.
+
+def load_actors(actors: Actors, folder: Path | None) -> None:
+    """Puts the actors back to a verified checkpoint, or empties them.
+
+    A bank that was saved in another number of shards is split anew; the refiner then begins anew.
     """
-    names, shards = shard_names(len(list(folder.glob("bank*.safetensors")))), len(actors.bank)
-    for shard, (primary, *_) in enumerate(actors.bank):
-        if len(names) == shards:
-            state = checkpoint.load_actor(folder, names[shard])
-        else:
-            state = shard_state((checkpoint.load_actor(folder, name) for name in names), shard, shards)
-        ray.get(primary.load_state.remote(state))
+    banks, shards = [] if folder is None else checkpoint.bank_folders(folder), len(actors.bank)
+    calls = [primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)]
     if actors.refiner is not None:
-        state = checkpoint.load_actor(folder, "refiner") if len(names) == shards else {}
-        ray.get(actors.refiner.load_state.remote(state))
+        fits = folder is not None and len(banks) == shards
+        calls.append(actors.refiner.load_state.remote(checkpoint.load_arrays(folder, "refiner") if fits else {}))
+    for call in calls:
+        answer(call)
+
+
+def answer(call: Any) -> Any:
+    """What an actor answers; an InputError there is one here."""
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from None
+        raise
 
 
 def _answer(request: Any) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish
 from ask_dist.train.engine import Engine
-from ask_dist.train.knowledge import KnowledgeSource, load_actors
+from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
 from ask_dist.train.tracking import MetricsLog, StageClock, last_time
 
 
@@ -308,11 +309,13 @@ def save_checkpoint(state: TrainState) -> None:
     if state.rank != 0:
         report(state)
         return
+    refiner = state.actors.refiner
     folder = checkpoint.write(
         state.config.run_dir,
         state.config.optimization.keep_checkpoints,
         engine=engine,
-        actors={name: ray.get(actor.state.remote()) for name, actor in state.actors.stateful.items()},
+        arrays={"refiner": answer(refiner.state.remote())} if refiner is not None else {},
+        banks={name: partial(save_bank, primary) for name, primary in state.actors.primaries.items()},
         global_step=state.engine.global_step,
         samples_seen=state.samples_seen,
         lineage=state.lineage,
@@ -341,7 +344,7 @@ def resume(state: TrainState, checkpoint_path: str | None) -> None:
     if path is not None:
         load_checkpoint(state, Path(path))
     elif state.rank == 0:
-        ray.get([actor.load_state.remote({}) for actor in state.actors.stateful.values()])
+        load_actors(state.actors, None)
     dist.barrier()
 
 

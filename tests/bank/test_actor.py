@@ -16,7 +16,8 @@ from ask_dist.bank.client import BankClient
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, Knowledge
 from ask_dist.bank.prototypes import unit_rows
-from ask_dist.errors import InputError
+from ask_dist.errors import DiskError, InputError
+from tests.mounts import fill, mounted
 
 pytestmark = pytest.mark.ray
 DIM, ROWS = 16, 300
@@ -81,7 +82,7 @@ def test_the_actor_trains_its_inverted_files_by_itself(start_actor, rows):
         time.sleep(0.05)
     found = ray.get(actor.search.remote(rows[1][:9], 1, "audio"))[1]
     np.testing.assert_array_equal(found[:, 0], rows[0][:9])
-    ray.get(actor.load_state.remote({}))  # an emptied bank begins with exact search again
+    ray.get(actor.load.remote([]))  # an emptied bank begins with exact search again
     assert ray.get(actor.metrics.remote())["bank/inverted_rows"] == 0
 
 
@@ -101,14 +102,82 @@ def test_a_bank_process_imports_no_torch(local_ray):
 def test_a_saved_bank_comes_back(start_actor, rows, tmp_path):
     first = start_actor()
     ray.get(first.upsert.remote(*rows, None, 3))
-    state = ray.get(first.state.remote())
-    store.save(tmp_path, state)
-    assert ray.get(start_actor(state_path=str(tmp_path)).ping.remote()) == ROWS
+    folder = str(tmp_path)
+    digest = ray.get(first.save.remote(folder))
+    assert ray.get(start_actor(state_path=folder).ping.remote()) == ROWS
     second = start_actor()
-    ray.get(second.load_state.remote(state))
+    ray.get(second.load.remote([folder]))
     assert ray.get(second.ping.remote()) == ROWS
+    assert ray.get(second.save.remote(folder)) == digest
+    assert len(store.snapshots(tmp_path)) == 1
     with pytest.raises(InputError):
-        ray.get(start_actor(dim=8).load_state.remote(state))
+        ray.get(start_actor(dim=8).load.remote([folder]))
+
+
+def test_a_folder_that_can_t_be_written_is_told_in_a_line(start_actor, tmp_path):
+    with mounted(tmp_path / "disk", "ro") as disk, pytest.raises(DiskError, match="Read-only file system"):
+        ray.get(start_actor().save.remote(str(disk / "bank")))
+
+
+def process_of(actor) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+def killed(actor) -> None:
+    """SIGKILL of the actor's process, and waits for Ray to restart it."""
+    process = process_of(actor)
+    os.kill(process, signal.SIGKILL)
+    while True:
+        try:
+            assert process_of(actor) != process
+            return
+        except ray.exceptions.RayActorError:
+            time.sleep(0.05)
+
+
+def test_a_durable_bank_that_is_killed_comes_back_with_all_that_it_took(start_actor, rows, tmp_path):
+    actor, bank = start_actor(durable_path=str(tmp_path / "bank")), KnowledgeBank(**SETTINGS)
+    assert ray.get(actor.upsert.remote(*rows, None, 3)) == bank.upsert(*rows, None, 3)
+    killed(actor)
+    digest = ray.get(actor.save.remote(str(tmp_path / "checkpoint")))
+    assert store.read_manifest(store.snapshots(tmp_path / "bank")[0]).digest == digest
+    some = (rows[0][:7], -rows[1][:7], rows[2][:7], np.full(7, 0.5, np.float32), 4)
+    assert ray.get(actor.upsert.remote(*some)) == bank.upsert(*some)
+    seen = ray.get(actor.snapshot.remote())
+    corrected = Commit(seen.ids[:9], seen.text[:9], seen.audio[:9], seen.version[:9], 5, [(rows[1][:2], rows[2][:2])])
+    assert ray.get(actor.commit.remote(corrected)) == bank.commit(corrected)
+    killed(actor)
+    for name, value in vars(bank.snapshot()).items():
+        np.testing.assert_array_equal(getattr(ray.get(actor.snapshot.remote()), name), value)
+    assert ray.get(actor.prototypes.remote()).generation == 1
+    assert ray.get(actor.metrics.remote())["bank/durable"] == 1
+    ray.get(actor.load.remote([str(tmp_path / "checkpoint")]))  # back to before the second write
+    killed(actor)
+    np.testing.assert_array_equal(ray.get(actor.snapshot.remote()).step, 3)
+    ray.get(actor.load.remote([]))
+    killed(actor)
+    assert ray.get(actor.ping.remote()) == 0
+
+
+def test_a_full_disk_costs_a_durable_bank_nothing_but_durability(start_actor, rows, small_disk):
+    actor = start_actor(durable_path=str(small_disk / "bank"))
+    assert ray.get(actor.metrics.remote())["bank/durable"] == 1
+    fill(small_disk)
+    for step in range(2):
+        assert ray.get(actor.upsert.remote(*rows, None, step)) == ROWS
+    assert ray.get(actor.metrics.remote())["bank/durable"] == 0
+    assert ray.get(actor.search_ids.remote(rows[0][:3])).rows == ROWS
+
+
+def test_a_save_waits_for_a_bank_that_is_being_restarted(start_actor, rows, tmp_path):
+    actor = start_actor(durable_path=str(tmp_path / "bank"))
+    ray.get(actor.upsert.remote(*rows, None, 3))
+    process = process_of(actor)
+    os.kill(process, signal.SIGSTOP)
+    saving = actor.save.remote(str(tmp_path / "checkpoint"))
+    os.kill(process, signal.SIGKILL)
+    ray.get(saving)
+    assert len(store.load(tmp_path / "checkpoint")["ids"]) == ROWS
 
 
 def test_prefetched_neighbours_are_collected_once(start_actor, rows):

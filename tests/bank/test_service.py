@@ -126,7 +126,7 @@ def test_readers_turn_from_a_replica_that_died_and_it_fills_itself_again(start_s
     assert answers[-1].rows == ROWS  # by the primary, or by the replica filled again
     wait_for_rows(actors[1:], ROWS)
 
-    ray.get(actors[0].load_state.remote({}))  # the bank begins anew: replicas drop what they had
+    ray.get(actors[0].load.remote([]))  # the bank begins anew: replicas drop what they had
     while ray.get(actors[1].ping.remote()):
         time.sleep(0.02)
 

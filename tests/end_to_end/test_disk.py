@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 from tests.end_to_end.command import ask_dist, environment
-from tests.mounts import mounted
+from tests.mounts import fill, mounted
 
 pytestmark = pytest.mark.ray
 
@@ -29,15 +28,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 32 MiB."""
     with mounted(tmp_path / "disk", "size=32m") as folder:
         yield folder
-
-
-def fill(disk: Path) -> Path:
-    """Fills the disk to the last byte with a file."""
-    ballast = disk / "ballast"
-    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(bytes(2**16)):
-            pass
-    return ballast
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

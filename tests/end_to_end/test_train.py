@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -31,6 +32,19 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[bytes], seconds: fl
             return
         time.sleep(0.1)
     raise AssertionError(f"no checkpoint; the process returned {process.poll()}")
+
+
+def bank_process(run: Path, process: subprocess.Popen[str], but: int = 0, seconds: float = 120) -> int:
+    """The process that writes the bank's journal, once there is another than `but` and the run has logged a step."""
+    logged, end = len(rows(run)), time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        for opened in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found = int(opened.parts[2])
+                if opened.readlink().match(f"{run}/bank/0/journal-*.bin") and found != but and len(rows(run)) > logged:
+                    return found
+        time.sleep(0.1)
+    raise AssertionError(f"no bank; the process returned {process.poll()}")
 
 
 @pytest.fixture
@@ -79,7 +93,7 @@ def test_a_run_learns_reports_and_can_be_searched_and_scored(finished: Path, ton
     assert hits[0].stem.removeprefix("01-") in by_sound.stdout  # a clip finds itself
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint_with_another_bank(config_file: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_another_bank_and_survives_its_death(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tones"
     command = [str(Path(sys.executable).with_name("ask-dist")), "train", str(config_file), "optimization.epochs=60"]
     split = [*command, "bank.shards=2", "bank.replicas=2"]
@@ -91,13 +105,26 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_another_bank(config_
     position = json.loads(checkpoints[-1].read_text())["global_step"]
     before = len(rows(run))
 
-    resumed = ask_dist(*command[1:], "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    again = [*command, "bank.durable=true", "--resume"]
+    resumed = subprocess.Popen(
+        again, start_new_session=True, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    bank = bank_process(run, resumed)
+    os.kill(bank, signal.SIGKILL)
+    bank_process(run, resumed, but=bank)  # Ray has restarted it, and training goes on
+    _, stderr = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, stderr
     report = json.loads((run / "report.json").read_text())
     assert report["throughput"]["samples_seen"] == 60 * 160
     steps = [row["step"] for row in rows(run)[before:] if "train/loss" in row]
     assert position < steps[0] <= position + 11
+    assert steps == sorted(steps)  # the workers were not restarted
+    after = [row for row in rows(run)[before:] if "bank/durable" in row]
+    assert {row["bank/rows"] for row in after} == {160}
+    assert {row["bank/durable"] for row in after} == {1}
     assert report["bank"]["rows"] == 160
+    checkpoints = list(run.glob("checkpoints/checkpoint_*/bank/snapshot-*.safetensors"))
+    assert any(path.samefile(other) for path in checkpoints for other in run.glob("bank/0/snapshot-*.safetensors"))
 
     other = ask_dist("train", config_file, "optimization.epochs=60", "seed=1", "--resume")
     assert other.returncode == 2

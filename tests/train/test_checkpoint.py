@@ -16,17 +16,26 @@ import torch
 from safetensors import SafetensorError
 
 from ask_dist import config as configuration
+from ask_dist.bank import store
+from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.errors import InputError
 from ask_dist.train import checkpoint
 
 LINEAGE = "0123456789abcdef"
 ENGINE = {"model.weight": torch.arange(6.0).reshape(2, 3), "global_step": torch.tensor(7)}
-BANK = {"ids": np.array([2**63 - 1, -5]), "audio": np.eye(2, dtype=np.float16).T, "generation": np.array(3)}
+REFINER = {"ids": np.array([2**63 - 1, -5]), "audio": np.eye(2, dtype=np.float16).T, "generation": np.array(3)}
+CONTENT = {"engine": ENGINE, "arrays": {"refiner": REFINER}, "samples_seen": 448, "lineage": LINEAGE}
+
+
+def save_bank(folder: Path) -> str:
+    bank = KnowledgeBank(dim=2, capacity=9)
+    bank.upsert(np.array([5, 7, 8]), np.eye(3, 2), np.eye(3, 2), None, step=3)
+    return store.read_manifest(store.save(folder, bank.state(), keep=1)).digest
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    checkpoint.save(tmp_path, engine=ENGINE, actors={"bank": BANK}, global_step=7, samples_seen=448, lineage=LINEAGE)
+    checkpoint.save(tmp_path, banks={"bank": save_bank}, global_step=7, **CONTENT)
     return tmp_path
 
 
@@ -43,18 +52,20 @@ def digest(path: Path) -> str:
 def test_what_was_saved_comes_back(saved):
     manifest = checkpoint.load_manifest(saved, LINEAGE)
     assert (manifest.global_step, manifest.samples_seen, manifest.lineage) == (7, 448, LINEAGE)
-    engine, bank = checkpoint.load_engine(saved), checkpoint.load_actor(saved, "bank")
+    engine, refiner = checkpoint.load_engine(saved), checkpoint.load_arrays(saved, "refiner")
     assert set(engine) == set(ENGINE)
     for name, tensor in ENGINE.items():
         torch.testing.assert_close(engine[name], tensor, atol=0, rtol=0)
-    assert set(bank) == set(BANK)
-    for name, array in BANK.items():
-        np.testing.assert_array_equal(bank[name], array)
-        assert (bank[name].dtype, bank[name].shape) == (array.dtype, array.shape)
-    assert checkpoint.load_actor(saved, "refiner") == {}
+    assert set(refiner) == set(REFINER)
+    for name, array in REFINER.items():
+        np.testing.assert_array_equal(refiner[name], array)
+        assert (refiner[name].dtype, refiner[name].shape) == (array.dtype, array.shape)
+    assert checkpoint.load_arrays(saved, "another") == {}
+    np.testing.assert_array_equal(store.load(saved / "bank")["ids"], [5, 7, 8])
+    assert checkpoint.bank_folders(saved) == [str(saved / "bank")]
 
 
-@pytest.mark.parametrize("name", [checkpoint.ENGINE, "bank.safetensors"])
+@pytest.mark.parametrize("name", [checkpoint.ENGINE, "refiner.safetensors"])
 @pytest.mark.parametrize("place", [0, -1])
 def test_one_flipped_byte_is_refused(saved, name, place):
     content = bytearray((saved / name).read_bytes())
@@ -65,8 +76,27 @@ def test_one_flipped_byte_is_refused(saved, name, place):
 
 
 def test_a_missing_file_is_refused(saved):
-    (saved / "bank.safetensors").unlink()
-    with pytest.raises(InputError, match=r"bank\.safetensors is missing or damaged"):
+    (saved / "refiner.safetensors").unlink()
+    with pytest.raises(InputError, match=r"refiner\.safetensors is missing or damaged"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+@pytest.mark.parametrize("name", ["snapshot-000000000.json", "snapshot-000000000.safetensors"])
+@pytest.mark.parametrize("change", [b"", None, b"flipped"])
+def test_a_bank_that_is_not_the_one_that_was_saved_is_refused(saved, name, change):
+    path = saved / "bank" / name
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.unlink()
+    if change is not None:
+        path.write_bytes(content if change else b"")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="bank is missing or damaged"):
+        checkpoint.load_manifest(saved, LINEAGE)
+
+
+def test_another_whole_snapshot_is_refused(saved):
+    store.save(saved / "bank", KnowledgeBank(dim=2, capacity=9).state())
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="is another snapshot than that of the checkpoint"):
         checkpoint.load_manifest(saved, LINEAGE)
 
 
@@ -82,8 +112,8 @@ def test_a_folder_without_manifest_is_no_checkpoint(saved):
 
 
 def test_another_format_is_refused(saved):
-    rewrite(saved, format=2)
-    with pytest.raises(InputError, match="checkpoint format 2, this version reads 1"):
+    rewrite(saved, format=1)
+    with pytest.raises(InputError, match="checkpoint format 1, this version reads 2"):
         checkpoint.load_manifest(saved, LINEAGE)
 
 
@@ -94,9 +124,9 @@ def test_another_format_is_refused(saved):
         b"\xff\xfe",
         b"[]",
         b"{",
-        b'{"format": 1}',
-        b'{"global_step": 1, "samples_seen": 1, "lineage": "0123456789abcdef", "sha256": []}',
-        b'{"global_step": "x", "samples_seen": 1, "lineage": "0123456789abcdef", "sha256": {}}',
+        b'{"format": 2}',
+        b'{"global_step": 1, "samples_seen": 1, "lineage": "0123456789abcdef", "sha256": [], "snapshots": {}}',
+        b'{"global_step": "x", "samples_seen": 1, "lineage": "0123456789abcdef", "sha256": {}, "snapshots": {}}',
     ],
 )
 def test_a_manifest_that_is_none_is_refused_in_one_line(saved, content):
@@ -107,7 +137,7 @@ def test_a_manifest_that_is_none_is_refused_in_one_line(saved, content):
 
 
 def test_a_manifest_that_vouches_for_no_engine_is_refused(saved):
-    rewrite(saved, sha256={"bank.safetensors": digest(saved / "bank.safetensors")})
+    rewrite(saved, sha256={"refiner.safetensors": digest(saved / "refiner.safetensors")})
     with pytest.raises(InputError, match=r"engine\.safetensors"):
         checkpoint.load_manifest(saved, LINEAGE)
 
@@ -118,6 +148,10 @@ def test_names_in_a_manifest_lead_nowhere_else(saved, tmp_path, name):
     outside.write_bytes(b"not of the checkpoint")
     engine = digest(saved / checkpoint.ENGINE)
     rewrite(saved, sha256={checkpoint.ENGINE: engine, name: digest(outside)})
+    with pytest.raises(InputError, match="missing or damaged"):
+        checkpoint.load_manifest(saved, LINEAGE)
+    save_bank(tmp_path.parent / "outside-bank")
+    rewrite(saved, sha256={checkpoint.ENGINE: engine}, snapshots={f"{name}-bank": "0" * 64})
     with pytest.raises(InputError, match="missing or damaged"):
         checkpoint.load_manifest(saved, LINEAGE)
 
@@ -135,16 +169,18 @@ class Malice:
 def test_a_pickle_under_any_name_never_runs(saved, tmp_path):
     marker = tmp_path.parent / "the-pickle-ran"
     payload = pickle.dumps(Malice(marker))
-    names = [path.name for path in saved.iterdir()]
-    assert sorted(names) == ["bank.safetensors", "engine.safetensors", "manifest.json"]
-    for name in names:
-        (saved / name).write_bytes(payload)
+    files = [path for path in saved.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    for path in files:
+        path.write_bytes(payload)
     with pytest.raises(InputError):
         checkpoint.load_manifest(saved, LINEAGE)
     with pytest.raises(SafetensorError):
         checkpoint.load_engine(saved)
     with pytest.raises(SafetensorError):
-        checkpoint.load_actor(saved, "bank")
+        checkpoint.load_arrays(saved, "refiner")
+    with pytest.raises(InputError):
+        store.load(saved / "bank")
     assert not marker.exists()
     pickle.loads(payload)  # the payload itself works
     assert marker.exists()
@@ -198,9 +234,7 @@ def test_other_shards_change_the_lineage():
 
 
 def write(run: Path, step: int, keep: int = 9) -> Path:
-    return checkpoint.write(
-        run, keep, engine=ENGINE, actors={"bank": BANK}, global_step=step, samples_seen=1, lineage=LINEAGE
-    )
+    return checkpoint.write(run, keep, banks={"bank": save_bank}, global_step=step, **CONTENT)
 
 
 def damage(folder: Path) -> None:
@@ -249,7 +283,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, small_disk):
     kept = write(small_disk, 10)
     large = {"model.weight": torch.zeros(2**20)}
     with pytest.raises(InputError, match=r"checkpoint_000000020 can't be written: No space left on device"):
-        checkpoint.write(small_disk, 1, engine=large, actors={}, global_step=20, samples_seen=1, lineage=LINEAGE)
+        checkpoint.write(small_disk, 1, banks={"bank": save_bank}, global_step=20, **CONTENT | {"engine": large})
     assert names(small_disk) == [kept.name]
     assert checkpoint.newest_intact(small_disk, LINEAGE) == (kept, [])
 

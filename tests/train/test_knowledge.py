@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
-import ray
 import torch
 
 from ask_dist import cluster, config
@@ -12,7 +13,7 @@ from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.train import checkpoint
-from ask_dist.train.knowledge import KnowledgeSource, load_actors
+from ask_dist.train.knowledge import KnowledgeSource, load_actors, save_bank
 
 pytestmark = pytest.mark.ray
 DIM, ROWS = 8, 120
@@ -63,8 +64,8 @@ def test_a_checkpoint_goes_on_in_any_number_of_shards(started, tmp_path):
     for shards in (3, 2, 2):
         folder = tmp_path / f"checkpoint-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        states = {name: ray.get(actor.state.remote()) for name, actor in actors.stateful.items()}
-        checkpoint.save(folder, engine={}, actors=states, global_step=3, samples_seen=9, lineage="same")
+        banks = {name: partial(save_bank, primary) for name, primary in actors.primaries.items()}
+        checkpoint.save(folder, engine={}, arrays={}, banks=banks, global_step=3, samples_seen=9, lineage="same")
         link, actors = started(shards=shards)
         load_actors(actors, folder)
         assert answer(link, ids[:9]) == expected
@@ -72,7 +73,7 @@ def test_a_checkpoint_goes_on_in_any_number_of_shards(started, tmp_path):
         stored = link.stored_rows(np.array([5, ROWS + 1, 2]))
         assert stored.ids.tolist() == [2, 5]
         np.testing.assert_array_equal(stored.text, text[[2, 5]].half().float())
-    assert sorted(path.stem for path in folder.glob("bank*")) == ["bank-0", "bank-1"]
+    assert sorted(path.name for path in folder.glob("bank*")) == ["bank-0", "bank-1"]
 
 
 def test_a_bank_that_answers_nothing_ends_the_run(started):
