@@ -49,10 +49,10 @@ def ablate(ablation: Ablation, console: Console, *, only_report: bool = False) -
     trials = ablation.trials()
     missing = [] if only_report else [trial for trial in trials if read_outcome(folder, trial) is None]
     failed = _run(ablation, missing, console) if missing else {}
-    done = {trial: read_outcome(folder, trial) for trial in trials}
+    done = [(trial, read_outcome(folder, trial)) for trial in trials]
     outcomes: Outcomes = {
         (trial.corpus_name, trial.swapped, trial.arm_name, trial.seed): outcome
-        for trial, outcome in done.items()
+        for trial, outcome in done
         if outcome is not None
     }
     if not outcomes:
