@@ -21,8 +21,8 @@ from ask_dist.models.text import Vocabulary
 assert "my_sounds" not in sys.modules
 model = {"embedding_dim": 8, "audio": {"name": "bands", "options": {"bands": 20}}}
 config = configuration.parse({"name": "run", "data": {"train": "x", "sample_rate": 8000}, "model": model})
-built = build_dual_encoder(config.model, 8000, Vocabulary.train(["a dog barks", "rain"], 300)).train()
 torch.manual_seed(0)
+built = build_dual_encoder(config.model, 8000, Vocabulary.train(["a dog barks", "rain"], 300)).train()
 audio, tokens = torch.tensor([[0.01], [0.3]]) * torch.randn(2, 8000), built.text.tokenize(["a dog barks", "rain"])
 optimizer = torch.optim.AdamW(built.parameters(), lr=1e-2)
 losses = []
