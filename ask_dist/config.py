@@ -174,8 +174,10 @@ class Bank(Section):
     durable: bool = Field(False, description="keep a journal and snapshots in the run's folder: no crash empties it")
     prototypes: tuple[Count, ...] = Field((32, 128), description="granularities of the coarse knowledge")
     threads: Count = Field(1, description="FAISS threads")
-    index: Literal["flat", "ivf_flat"] = Field("flat", description="flat: exact search; ivf_flat: by inverted files")
-    inverted_from: Count = Field(50_000, description="rows from which ivf_flat is one; with fewer it searches exactly")
+    index: Literal["flat", "ivf_flat", "ivf_pq"] = Field(
+        "flat", description="exact, or by inverted files of rows or codes"
+    )
+    inverted_from: Count = Field(50_000, description="rows from which there are inverted files; fewer: search is exact")
     probes: Count = Field(16, description="least lists that a search of inverted files looks into")
     recall: Share = Field(0.95, description="below it, inverted files are trained anew")
     shards: Count = Field(1, description="actors that the rows are split over")

@@ -8,16 +8,16 @@ from typing import Literal, Self
 
 import numpy as np
 
-from ask_dist.bank.index import ExactIndex, InvertedIndex, grown, inverted_file
+from ask_dist.bank.index import ExactIndex
+from ask_dist.bank.inverted import InvertedIndex
 from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes, unit_rows
+from ask_dist.bank.rows import BLOCK_ROWS, grown
 from ask_dist.errors import InputError
 
 # Rows fetched beyond k in the first pass of a search by id. A query always meets itself and now and then another row
 # of its own batch; the few queries that meet more are searched again with enough.
 SPARE_NEIGHBOURS = 8
-# Queries and neighbours by which the recall of an approximate index is told.
-RECALL_QUERIES, RECALL_NEIGHBOURS = 16, 16
 COUNTERS = ("upserts", "rejected", "searches")
 PER_ROW = {"ids": np.int64, "step": np.int64, "frame": np.int64, "version": np.int64, "reliability": np.float32}
 
@@ -29,13 +29,14 @@ class KnowledgeBank:
 
     Args:
         dim: the embeddings' width.
-        capacity: the most rows it may hold; storage grows by doubling as rows come.
-        dtype: precision of the stored values. The host keeps float32 storage either way, so that a search needs no
-            conversion; "float16" rounds what is stored, so that state and snapshots can be halved without loss.
+        capacity: the most rows it may hold; storage grows by chunks as rows come.
+        dtype: that values are stored in. "float16" halves memory, state and snapshots; an exact search then converts
+            the rows to float32 as it goes through them.
         threads: CPU threads of one search.
         minimum_reliability: neighbours below it are left out of an answer.
         max_age: neighbours whose age in global steps exceeds it are left out of an answer.
-        index: "flat" searches exactly, "ivf_flat" by inverted files; see `maintain`.
+        index: "flat" searches exactly; "ivf_flat" by inverted files, "ivf_pq" by inverted files of short codes, whose
+            candidates are scored again by the rows themselves; see `maintain`.
         probes: least lists that a search of an inverted file looks into.
         inverted_from: with fewer rows the search is exact all the same.
         recall: share of the nearest rows that a search of inverted files is to find.
@@ -50,18 +51,20 @@ class KnowledgeBank:
         threads: int = 1,
         minimum_reliability: float = 0.0,
         max_age: int | None = None,
-        index: Literal["flat", "ivf_flat"] = "flat",
+        index: Literal["flat", "ivf_flat", "ivf_pq"] = "flat",
         probes: int = 16,
         inverted_from: int = 50_000,
         recall: float = 0.95,
     ) -> None:
         self._dim, self._capacity, self._dtype = dim, capacity, np.dtype(dtype)
         self._minimum_reliability, self._max_age = minimum_reliability, max_age
-        self._index: dict[str, ExactIndex] = {
-            name: ExactIndex(dim, threads) if index == "flat" else InvertedIndex(dim, threads, probes=probes)
+        self._index: dict[str, ExactIndex | InvertedIndex] = {
+            name: ExactIndex(dim, dtype, threads)
+            if index == "flat"
+            else InvertedIndex(dim, dtype, threads, kind=index, probes=probes)
             for name in ("audio", "text")
         }
-        self._threads, self._inverted_from, self._wanted_recall = threads, inverted_from, recall
+        self._inverted_from, self._wanted_recall = inverted_from, recall
         self._recall = dict.fromkeys(self._index, 1.0)
         self._maintenance = threading.Lock()
         self._meta = {name: np.zeros(0, kind) for name, kind in PER_ROW.items()}
@@ -130,7 +133,7 @@ class KnowledgeBank:
             self._counts["searches"] += 1
             rows = self._rows(ids)
             queried = np.unique(rows[rows >= 0])
-            found = [self._nearest(index, index.rows[queried], queried, k) for index in self._index.values()]
+            found = [self._nearest(index, index.rows.take(queried), queried, k) for index in self._index.values()]
             near = np.unique(np.concatenate([near[~np.isneginf(scores)] for scores, near in found]))
             return self._knowledge(self._trusted(near), rows)
 
@@ -146,37 +149,23 @@ class KnowledgeBank:
             return scores, self._meta["ids"][rows]
 
     def maintain(self, seed: int = 0) -> bool:
-        """Train inverted files where that is due: the first ones, when the bank has doubled, or when recall has fallen.
+        """Train inverted files where that is due: the first ones, when the bank has doubled, when much of it was
+        written since, or when recall has fallen.
 
-        They are built aside; searches and writes go on meanwhile, but wait while recall is measured, which takes an
-        exact search of a few rows. To be called now and then; does nothing where every search is exact, or while
-        another call is at it.
+        They are built aside, one modality after the other; searches and writes go on meanwhile. To be called now and
+        then; does nothing where every search is exact, or while another call is at it.
 
         Args:
             seed: of the k-means.
 
         Returns:
-            Whether new ones were taken.
+            Whether a new one was taken.
         """
-        inverted = {name: index for name, index in self._index.items() if isinstance(index, InvertedIndex)}
-        if not inverted or not self._maintenance.acquire(blocking=False):
+        if not self._maintenance.acquire(blocking=False):
             return False
         try:
-            with self._lock:
-                if len(self) < self._inverted_from or not any(map(self._due, inverted)):
-                    return False
-                copies = {name: index.copied() for name, index in inverted.items()}
-            built = {name: inverted_file(rows, seed, self._threads) for name, rows in copies.items()}
-            aim = (1.0 + self._wanted_recall) / 2  # above what is wanted, so that the next look does not fall below
-            with self._lock:
-                for name, index in inverted.items():
-                    self._recall[name] = index.take(built[name], self._probe_rows(name), RECALL_NEIGHBOURS, aim)
-            return True
-        except BaseException:
-            with self._lock:
-                for index in inverted.values():
-                    index.forget()
-            raise
+            # One after the other: a file that is being built takes the memory of a second one.
+            return any([self._maintain(name, index, seed) for name, index in self._index.items()])
         finally:
             self._maintenance.release()
 
@@ -195,11 +184,12 @@ class KnowledgeBank:
         """
         self._check_shapes(commit.ids, commit.audio, commit.text)
         finite = np.isfinite(commit.audio).all(1) & np.isfinite(commit.text).all(1)
+        audio, text = (self._stored(values) for values in (commit.audio, commit.text))
         with self._lock:
             rows = self._rows(commit.ids)
             keep = finite & (rows >= 0)
             keep[keep] = self._meta["version"][rows[keep]] == commit.versions[keep]
-            self._write(rows[keep], unit_rows(commit.audio[keep]), unit_rows(commit.text[keep]), commit.frame)
+            self._write(rows[keep], audio[keep], text[keep], commit.frame)
             self._generation += 1
             if commit.prototypes is not None:
                 self._prototypes = Prototypes(commit.prototypes, self._generation)
@@ -252,22 +242,21 @@ class KnowledgeBank:
             bank._prototypes = Prototypes(levels, int(state["prototypes.generation"]))
         return bank
 
-    def _due(self, name: str) -> bool:
-        index = self._index[name]
-        if not index.trained_rows or len(self) > 2 * index.trained_rows:
-            return True
-        assert isinstance(index, InvertedIndex)
-        self._recall[name] = index.recall(self._probe_rows(name), RECALL_NEIGHBOURS)
-        return self._recall[name] < self._wanted_recall
-
-    def _probe_rows(self, name: str) -> np.ndarray:
-        """Rows, spread over the bank, as queries."""
-        return self._index[name].rows[:: max(1, len(self) // RECALL_QUERIES)][:RECALL_QUERIES]
+    def _maintain(self, name: str, index: ExactIndex | InvertedIndex, seed: int) -> bool:
+        if isinstance(index, ExactIndex) or len(self) < self._inverted_from:
+            return False
+        if not index.is_due():
+            self._recall[name] = index.recall(self._lock)
+            if not index.has_fallen(self._recall[name], self._wanted_recall):
+                return False
+        aim = (1.0 + self._wanted_recall) / 2  # above what is wanted, so that the next look does not fall below
+        self._recall[name] = index.rebuild(self._lock, seed, aim)
+        return True
 
     def _copy(self) -> Snapshot:
         return Snapshot(
-            audio=self._index["audio"].rows.astype(self._dtype),
-            text=self._index["text"].rows.astype(self._dtype),
+            audio=self._index["audio"].rows.copy(),
+            text=self._index["text"].rows.copy(),
             generation=self._generation,
             newest_step=self._newest_step,
             **{name: values[: len(self)].copy() for name, values in self._meta.items()},
@@ -281,8 +270,16 @@ class KnowledgeBank:
                 "give one row an id, as wide as the model's embeddings"
             )
 
+    def _stored(self, values: np.ndarray) -> np.ndarray:
+        """Rows [n, dim] at unit length in the bank's precision, a block at a time to need no more memory than that."""
+        stored = np.empty(values.shape, self._dtype)
+        with np.errstate(invalid="ignore"):  # a row that is not finite is left out later
+            for first in range(0, len(values), BLOCK_ROWS):
+                stored[first : first + BLOCK_ROWS] = unit_rows(values[first : first + BLOCK_ROWS])
+        return stored
+
     def _rows(self, ids: np.ndarray) -> np.ndarray:
-        return np.array([self._row_of.get(int(i), -1) for i in ids], np.int64)
+        return np.fromiter((self._row_of.get(i, -1) for i in ids.tolist()), np.int64, len(ids))
 
     def _with_new_rows(self, ids: np.ndarray, rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """The row of each kept id; ids without one (-1) get the next free rows."""
@@ -300,12 +297,12 @@ class KnowledgeBank:
 
     def _write(self, rows: np.ndarray, audio: np.ndarray, text: np.ndarray, frame: int) -> None:
         for modality, values in (("audio", audio), ("text", text)):
-            self._index[modality].write(rows, values.astype(self._dtype))
+            self._index[modality].write(rows, values)
         self._meta["frame"][rows] = frame
         self._meta["version"][rows] += 1
 
     def _nearest(
-        self, index: ExactIndex, queries: np.ndarray, excluded: np.ndarray, k: int
+        self, index: ExactIndex | InvertedIndex, queries: np.ndarray, excluded: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows to each query, `excluded` ones left out before counting to k.
 
@@ -330,14 +327,14 @@ class KnowledgeBank:
         own = {}
         for modality, index in self._index.items():
             own[modality] = np.zeros((len(asked), self._dim), np.float16)
-            own[modality][known] = index.rows[asked[known]]
+            own[modality][known] = index.rows.take(asked[known])
         own_age, own_reliability = np.full(len(asked), -1), np.full(len(asked), -1.0, np.float32)
         own_age[known] = self._newest_step - self._meta["frame"][asked[known]]
         own_reliability[known] = self._meta["reliability"][asked[known]]
         return Knowledge(
             ids=self._meta["ids"][rows],
-            audio=self._index["audio"].rows[rows].astype(np.float16),
-            text=self._index["text"].rows[rows].astype(np.float16),
+            audio=self._index["audio"].rows.take(rows).astype(np.float16, copy=False),
+            text=self._index["text"].rows.take(rows).astype(np.float16, copy=False),
             reliability=self._meta["reliability"][rows],
             age=self._newest_step - self._meta["frame"][rows],
             own_audio=own["audio"],

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ask_dist.bank.index import spherical_kmeans
+from ask_dist.bank.index import exact_search, spherical_kmeans
+from ask_dist.bank.rows import BLOCK_ROWS
+
+ROWS_A_CLUSTER = 256  # to learn a centroid from; all of a million rows would tell it hardly better
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,16 @@ def build_prototypes(
     Returns:
         As `Prototypes.levels`. A cluster that ended up empty is left out.
     """
-    pairs = np.concatenate([audio, text], axis=1).astype(np.float32) / np.sqrt(np.float32(2))
     built = []
     for clusters in levels:
-        if clusters > len(pairs):
+        if clusters > len(audio):
             continue
-        members = spherical_kmeans(pairs, clusters, seed, threads)
-        used = np.unique(members)
-        built.append((_cluster_means(audio, members, clusters)[used], _cluster_means(text, members, clusters)[used]))
+        chosen = np.arange(len(audio))
+        if len(audio) > ROWS_A_CLUSTER * clusters:
+            rng = np.random.default_rng(seed)
+            chosen = np.sort(rng.choice(chosen, ROWS_A_CLUSTER * clusters, replace=False))
+        centroids = spherical_kmeans(_pairs(audio[chosen], text[chosen]), clusters, seed, threads)
+        built.append(_cluster_means(audio, text, centroids, threads))
     return built
 
 
@@ -52,7 +57,22 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
 
-def _cluster_means(values: np.ndarray, members: np.ndarray, clusters: int) -> np.ndarray:
-    sums = np.zeros((clusters, values.shape[1]), np.float32)
-    np.add.at(sums, members, values.astype(np.float32))
-    return unit_rows(sums).astype(np.float16)
+def _pairs(audio: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """Rows [n, 2 d] of unit length whose inner products are the mean of both modalities'."""
+    return np.concatenate([audio, text], axis=1).astype(np.float32) / np.sqrt(np.float32(2))
+
+
+def _cluster_means(
+    audio: np.ndarray, text: np.ndarray, centroids: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean audio and mean text of the rows nearest to each centroid, a block of rows at a time."""
+    sums = np.zeros((2, len(centroids), audio.shape[1]), np.float32)
+    sizes = np.zeros(len(centroids), np.int64)
+    for first in range(0, len(audio), BLOCK_ROWS):
+        part = slice(first, first + BLOCK_ROWS)
+        members = exact_search(_pairs(audio[part], text[part]), centroids, 1, threads)[1][:, 0]
+        sizes += np.bincount(members, minlength=len(centroids))
+        for total, values in zip(sums, (audio, text), strict=True):
+            np.add.at(total, members, values[part].astype(np.float32))
+    mean_audio, mean_text = (unit_rows(total[sizes > 0]).astype(np.float16) for total in sums)
+    return mean_audio, mean_text

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ask_dist.bank.index import grown
 from ask_dist.bank.memory import PER_ROW, KnowledgeBank
 from ask_dist.bank.messages import Knowledge, Modality, State
+from ask_dist.bank.rows import grown
 
 CHANGES = 65_536  # rows that a replica is sent at a time: bounds what is copied while the bank's lock is held
 SUMS = ("bank/rows", "bank/upserts", "bank/rejected", "bank/inverted_rows", "bank/journal_bytes")
@@ -141,7 +141,7 @@ class KnowledgeShard(KnowledgeBank):
                 rows = rows[np.argpartition(self._written[rows], CHANGES)[:CHANGES]]
             rows = rows[np.argsort(self._written[rows])]
             state: State = {name: values[rows] for name, values in self._meta.items()}
-            state |= {name: index.rows[rows].astype(self._dtype) for name, index in self._index.items()}
+            state |= {name: index.rows.take(rows) for name, index in self._index.items()}
             state |= {"generation": np.array(self._generation), "newest_step": np.array(self._newest_step)}
             last = int(self._written[rows[-1]]) if len(rows) else since
         return Changes(Mark(self._life, last), restart, more, state)
@@ -159,7 +159,7 @@ class KnowledgeShard(KnowledgeBank):
             self._newest_step = max(self._newest_step, int(rows["newest_step"]))
 
     def _own(self, rows: np.ndarray) -> OwnRows:
-        stored = {name: index.rows[rows].astype(self._dtype) for name, index in self._index.items()}
+        stored = {name: index.rows.take(rows) for name, index in self._index.items()}
         return OwnRows(**stored, **{name: self._meta[name][rows] for name in ("ids", "frame", "reliability")})
 
     def _write(self, rows: np.ndarray, audio: np.ndarray, text: np.ndarray, frame: int) -> None:

@@ -6,7 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from ask_dist.bank.index import ExactIndex, InvertedIndex, exact_search, inverted_file, spherical_kmeans
+from ask_dist.bank.index import ExactIndex, exact_search, merged, search_rows, spherical_kmeans
+from ask_dist.bank.rows import BLOCK_ROWS, CHUNK_ROWS, Rows
 
 
 def brute_force(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,7 @@ def test_an_index_follows_its_writes(rng):
         overwritten = rng.choice(len(rows), size=len(rows) // 2, replace=False)
         rows[overwritten] = rng.normal(size=(len(overwritten), 8))
         index.write(overwritten, rows[overwritten])
-        np.testing.assert_array_equal(index.rows, rows)
+        np.testing.assert_array_equal(index.rows.copy(), rows)
         same_as_brute_force(index, rows, rng.normal(size=(6, 8)).astype(np.float32), k=4)
 
 
@@ -56,64 +57,44 @@ def test_kmeans_finds_separate_directions(rng):
     directions = np.eye(2, 16)
     truth = np.repeat(np.arange(2), 100)
     rows = directions[truth] + 0.05 * rng.normal(size=(200, 16))
-    members = spherical_kmeans(rows, 2, seed=0)
+    centroids = spherical_kmeans(rows, 2, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
+    members = exact_search(rows, centroids, 1)[1][:, 0]
     assert all(len(set(members[truth == group])) == 1 for group in range(2))
     assert len(set(members)) == 2
 
 
-def clustered(rng, count: int, dim: int = 32) -> np.ndarray:
-    centres = rng.normal(size=(100, dim))
-    rows = centres[rng.integers(100, size=count)] + 0.5 * rng.normal(size=(count, dim))
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("count", [1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 7])
+@pytest.mark.parametrize(("queries", "k"), [(2, 3), (20, 16)])
+def test_search_over_chunks_equals_brute_force(rng, dtype, count, queries, k):
+    values = rng.normal(size=(count, 3)).astype(dtype)
+    rows = Rows(3, dtype)
+    rows.write(np.arange(count), values)
+    asked = rng.normal(size=(queries, 3)).astype(np.float32)
+    scores, positions = search_rows(asked, rows, k)
+    np.testing.assert_allclose(scores, brute_force(asked, values, k)[0], atol=1e-4)
+    np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", asked, values[positions].astype(np.float64)), atol=1e-4)
+    assert all(len(set(answer)) == min(k, count) for answer in positions.tolist())
 
 
-def test_an_inverted_file_follows_its_writes(rng):
-    rows = clustered(rng, 6000)
-    index = InvertedIndex(32, probes=8)
-    index.write(np.arange(4000), rows[:4000])
-    same_as_brute_force(index, rows[:4000], rows[:5], k=4)  # exact before it is trained
-    inverted = inverted_file(index.copied(), seed=0)
-    rows[:500] = clustered(rng, 500)  # written while it was built
-    index.write(np.arange(500), rows[:500])
-    index.write(np.arange(4000, 5000), rows[4000:5000])
-    index.take(inverted, rows[:16], 16, aim=0.9)
-    rows[500:900] = clustered(rng, 400)  # and after
-    index.write(np.arange(500, 900), rows[500:900])
-    index.write(np.arange(5000, 6000), rows[5000:])
-    np.testing.assert_array_equal(index.rows, rows)
-    assert index.trained_rows == 4000
-    for part in (slice(0, 500), slice(500, 900), slice(900, 4000), slice(4000, 6000)):
-        np.testing.assert_array_equal(index.search(rows[part], 1)[1][:, 0], np.arange(6000)[part])
-    queries = rows[::20]
-    found, right = index.search(queries, 16)[1], brute_force(queries, rows, 16)[1]
-    shares = [len(set(a) & set(b)) / 16 for a, b in zip(found, right, strict=True)]
-    assert index.recall(queries, 16) == pytest.approx(np.mean(shares))
-    assert np.mean(shares) > 0.9
+def test_more_neighbours_than_a_block_holds_come_from_all_of_them(rng):
+    values = rng.normal(size=(BLOCK_ROWS + 20, 2)).astype(np.float16)
+    rows = Rows(2, np.float16)
+    rows.write(np.arange(len(values)), values)
+    scores, positions = search_rows(values[:3].astype(np.float32), rows, len(values) + 5)
+    assert [sorted(answer) for answer in positions.tolist()] == 3 * [list(range(len(values)))]
+    np.testing.assert_allclose(scores, brute_force(values[:3], values, len(values))[0], atol=1e-3)
 
 
-def test_looking_into_every_list_is_exact(rng):
-    rows = clustered(rng, 2000)
-    index = InvertedIndex(32, probes=2000)
-    index.write(np.arange(2000), rows)
-    assert index.take(inverted_file(index.copied(), seed=0), rows[:16], 16, aim=1.0) == 1.0
-    same_as_brute_force(index, rows, rng.normal(size=(20, 32)).astype(np.float32), k=10)
-
-
-@pytest.mark.parametrize("aim", [0.5, 0.9, 1.0])
-def test_probes_grow_until_the_aim_is_reached(rng, aim):
-    rows = rng.normal(size=(3000, 32)).astype(np.float32)  # nothing to cluster: one list finds next to nothing
-    index = InvertedIndex(32, probes=1)
-    index.write(np.arange(3000), rows)
-    assert index.take(inverted_file(index.copied(), seed=0), rows[:100], 16, aim=0.0) < 0.5
-    assert index.take(inverted_file(index.copied(), seed=0), rows[:100], 16, aim) >= aim
-
-
-def test_a_list_that_is_too_short_is_made_up_for(rng):
-    rows = clustered(rng, 300)
-    index = InvertedIndex(32, probes=1)
-    index.write(np.arange(300), rows)
-    index.take(inverted_file(index.copied(), seed=0), rows[:1], 1, aim=0.0)
-    same_as_brute_force(index, rows, rows[:20], k=250)
+def test_answers_are_merged_best_first():
+    answers = [
+        (np.array([[0.5, 0.1], [0.9, 0.2]]), np.array([[3, 4], [5, 6]])),
+        (np.array([[0.7], [-np.inf]]), np.array([[8], [9]])),
+    ]
+    scores, positions = merged(answers, queries=2, k=3)
+    np.testing.assert_array_equal(positions, [[8, 3, 4], [5, 6, -1]])
+    np.testing.assert_allclose(scores[0], [0.7, 0.5, 0.1])
 
 
 @pytest.mark.gpu

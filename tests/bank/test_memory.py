@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit
 from ask_dist.bank.prototypes import unit_rows
+from ask_dist.bank.rows import CHUNK_ROWS
 from ask_dist.errors import InputError
 
 DIM = 16
@@ -272,6 +273,104 @@ def test_callers_in_many_threads_see_no_torn_rows():
     assert bank.metrics()["bank/searches"] == 2 * 3 * rounds
 
 
+class SlowSearch:
+    """What the bank answers, by the scores of all rows."""
+
+    def __init__(self) -> None:
+        self.versions: dict[int, int] = {}
+        self.halves: dict[str, dict[int, np.ndarray]] = {"audio": {}, "text": {}}
+
+    def write(self, ids: list[int], audio: np.ndarray, text: np.ndarray) -> None:
+        self.versions |= {i: self.versions.get(i, 0) + 1 for i in ids}
+        self.halves["audio"] |= dict(zip(ids, audio, strict=True))
+        self.halves["text"] |= dict(zip(ids, text, strict=True))
+
+    def near(self, query: np.ndarray, k: int, modality: str, without: set[int]) -> tuple[set[int], set[int]]:
+        """The ids that must be among the k nearest, and those that may: equally near ones are as good."""
+        others = [i for i in self.versions if i not in without]
+        scores = np.stack([self.halves[modality][i] for i in others]) @ query
+        last = np.sort(scores)[-k]
+        must, may = ({others[j] for j in np.flatnonzero(scores > last + shift)} for shift in (1e-3, -1e-3))
+        return must, may
+
+
+seeds = st.integers(0, 2**20)
+operations_on_index = st.one_of(
+    st.tuples(st.just("upsert"), seeds, st.sampled_from([3, 40, 200])),
+    st.tuples(st.just("commit"), seeds, st.sampled_from([3, 40, 200])),
+    st.tuples(st.just("new"), seeds, st.sampled_from([1, 30])),
+    st.tuples(st.just("maintain"), seeds, st.just(0)),
+    st.tuples(st.just("search_ids"), seeds, st.sampled_from([1, 5, 30])),
+    st.tuples(st.just("search"), seeds, st.sampled_from([1, 5])),
+)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_pq"])
+@given(st.lists(operations_on_index, min_size=3, max_size=12), st.sampled_from(["float16", "float32"]))
+@settings(max_examples=40, deadline=None)
+def test_any_order_of_writes_and_searches_equals_the_slow_search(kind, operations, dtype):
+    # Every list and, with k = 80, more candidates than rows: nothing may be missed.
+    k, dim, every = 80, 3, 10**6
+    bank, slow = KnowledgeBank(dim, 1000, dtype, index=kind, inverted_from=1, probes=every), SlowSearch()
+
+    def write(ids: list[int], rng, how: str) -> None:
+        audio, text = (unit(rng, len(ids), dim).astype(np.float16).astype(np.float32) for _ in range(2))
+        if how == "commit":
+            versions = np.array([slow.versions[i] for i in ids])
+            assert bank.commit(Commit(np.array(ids), audio, text, versions, frame=0)).skipped == 0
+        else:
+            assert bank.upsert(np.array(ids), audio, text, None, step=0) == len(ids)
+        slow.write(ids, audio, text)
+
+    write(list(range(256)), np.random.default_rng(0), "upsert")
+    for how, seed, size in [("maintain", 0, 0), *operations]:
+        rng, count = np.random.default_rng(seed), len(slow.versions)
+        if how in ("upsert", "commit"):
+            write(rng.choice(count, size, replace=False).tolist(), rng, how)
+        elif how == "new":
+            write(list(range(count, count + size)), rng, how)
+        elif how == "maintain":
+            bank.maintain(seed)
+        elif how == "search_ids":
+            asked = rng.choice(count, size, replace=False).tolist()
+            found = set(bank.search_ids(np.array(asked), k).ids.tolist())
+            parts = [slow.near(half[i], k, name, set(asked)) for name, half in slow.halves.items() for i in asked]
+            assert set().union(*(must for must, _ in parts)) <= found <= set().union(*(may for _, may in parts))
+        else:
+            queries = unit(rng, size, dim)
+            for modality, half in slow.halves.items():
+                scores, ids = bank.search(queries, k, modality)
+                for query, its_scores, its_ids in zip(queries, scores, ids.tolist(), strict=True):
+                    must, may = slow.near(query, k, modality, set())
+                    assert len(its_ids) == len(set(its_ids)) == k
+                    assert must <= set(its_ids) <= may
+                    np.testing.assert_allclose(its_scores, [half[i] @ query for i in its_ids], atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_on_both_sides_of_a_chunks_border_are_written_found_and_saved(rng, dtype):
+    count = CHUNK_ROWS + 300
+    bank = KnowledgeBank(4, count, dtype)
+    audio, text = unit(rng, count, 4).astype(dtype), unit(rng, count, 4).astype(dtype)
+    bank.upsert(np.arange(count), audio, text, None, step=0)
+    across = np.arange(CHUNK_ROWS - 5, CHUNK_ROWS + 5)
+    audio[across], text[across] = unit(rng, 10, 4), unit(rng, 10, 4)
+    bank.upsert(across, audio[across], text[across], None, step=1)
+    state = {name: value.copy() for name, value in bank.state().items()}
+    np.testing.assert_array_equal(state["audio"], audio)
+    np.testing.assert_array_equal(state["text"], text)
+    for value in state.values():
+        value.flags.writeable = False  # as a file that is mapped into memory
+    for one in (bank, KnowledgeBank.from_state(state, dim=4, capacity=count, dtype=dtype)):
+        scores, ids = one.search(audio[across], 3, "audio")
+        expected = np.sort(audio[across].astype(np.float32) @ audio.astype(np.float32).T, axis=1)[:, :-4:-1]
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        assert set(across.tolist()) <= set(ids.ravel().tolist())
+        knowledge = one.search_ids(across[4:6], 2)
+        np.testing.assert_array_equal(knowledge.own_text, text[across[4:6]].astype(np.float16))
+        np.testing.assert_array_equal(knowledge.audio, audio[knowledge.ids].astype(np.float16))
+
+
 def test_inverted_files_come_with_the_rows_and_again_when_recall_falls(rng):
     bank = KnowledgeBank(DIM, 5000, "float32", index="ivf_flat", probes=2, inverted_from=1000, recall=0.9)
     ids, directions = np.arange(4000), unit(rng, 40)
@@ -302,8 +401,9 @@ def test_where_every_search_is_exact_there_is_nothing_to_maintain(rng):
     assert (bank.metrics()["bank/recall_audio"], bank.metrics()["bank/inverted_rows"]) == (1.0, 0.0)
 
 
-def test_searches_and_writes_go_on_while_inverted_files_are_built():
-    bank = KnowledgeBank(DIM, 5000, "float32", index="ivf_flat", inverted_from=100)
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+def test_searches_and_writes_go_on_while_inverted_files_are_built(kind):
+    bank = KnowledgeBank(DIM, 5000, "float32", index=kind, inverted_from=100)
     ids, wrong = np.arange(3000), []
 
     def rows_of(version: int, chosen: np.ndarray) -> np.ndarray:

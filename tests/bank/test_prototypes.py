@@ -46,3 +46,20 @@ def test_the_same_seed_gives_the_same_prototypes(rng):
     first, second = (build_prototypes(audio, text, levels=[7], seed=3)[0] for _ in range(2))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
+
+
+def test_many_rows_are_learned_from_a_sample_and_all_are_averaged(rng):
+    audio, text, truth = grouped_pairs(rng, groups=2, each=6000, dim=6)  # more than a sample or a block holds
+    audio[:200], truth[:200] = -audio[:200], -1  # a few that belong to neither
+    ((audio_level, text_level),) = build_prototypes(audio.astype(np.float16), text.astype(np.float16), [2], seed=0)
+    centres = np.stack([audio[truth == group].mean(0) for group in range(2)])
+    match = (unit_rows(centres) @ audio_level.astype(np.float32).T).argmax(1)
+    assert sorted(match) == [0, 1]
+    pairs = np.concatenate([audio, text], axis=1)
+    means = np.concatenate([audio_level, text_level], axis=1).astype(np.float32)
+    members = (pairs @ means.T).argmax(1)
+    for prototype in range(2):
+        for level, rows in ((audio_level, audio), (text_level, text)):
+            np.testing.assert_allclose(
+                level[prototype], unit_rows(rows[members == prototype].mean(0)[None])[0], atol=3e-3
+            )

@@ -1,0 +1,87 @@
+"""The master copy of one modality: a matrix that grows by chunks, so that growing copies nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+CHUNK_ROWS = 65_536  # memory of a chunk is taken up only as its rows are written
+BLOCK_ROWS = 8_192  # rows to convert to float32 at a time: 16 MiB of them at width 512
+
+
+class Rows:
+    """Rows [n, dim] of one dtype, in chunks of `CHUNK_ROWS`.
+
+    What was written stays where it is. So a reader needs no lock against a writer if it can do with rows of which half
+    is older than the other half.
+    """
+
+    def __init__(self, dim: int, dtype: DTypeLike) -> None:
+        self.dim, self.dtype = dim, np.dtype(dtype)
+        self._chunks: list[np.ndarray] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def write(self, positions: np.ndarray, values: np.ndarray) -> None:
+        """Set rows [n] to values [n, dim]; positions past the end extend the matrix, without gaps."""
+        if len(positions) == 0:
+            return
+        end = max(self._count, int(positions.max()) + 1)
+        while len(self._chunks) * CHUNK_ROWS < end:
+            self._chunks.append(np.empty((CHUNK_ROWS, self.dim), self.dtype))
+        for chunk, within, chosen in self._parts(positions):
+            chunk[within] = values[chosen]
+        self._count = end  # only now: a reader without the lock meets no row that was never written
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """A copy of the rows at positions [n], as they are stored."""
+        taken = np.empty((len(positions), self.dim), self.dtype)
+        for chunk, within, chosen in self._parts(positions):
+            taken[chosen] = chunk[within]
+        return taken
+
+    def copy(self) -> np.ndarray:
+        """All rows as one array."""
+        return np.concatenate([np.empty((0, self.dim), self.dtype), *(block for _, block in self.blocks())])
+
+    def blocks(self, size: int = CHUNK_ROWS) -> Iterator[tuple[int, np.ndarray]]:
+        """Views of at most `size` rows each, in order, with the position of their first row."""
+        count = self._count
+        for start, chunk in zip(range(0, count, CHUNK_ROWS), self._chunks, strict=False):
+            held = min(CHUNK_ROWS, count - start)
+            for first in range(0, held, size):
+                yield start + first, chunk[first : min(first + size, held)]
+
+    def float_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """As `blocks`, in float32: whole chunks as they are, or `BLOCK_ROWS` converted into memory that is used again
+        for the next."""
+        if self.dtype == np.float32:
+            yield from self.blocks()
+            return
+        converted = np.empty((min(BLOCK_ROWS, self._count), self.dim), np.float32)
+        for first, block in self.blocks(BLOCK_ROWS):
+            converted[: len(block)] = block
+            yield first, converted[: len(block)]
+
+    def _parts(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, slice | np.ndarray]]:
+        """Each chunk that positions fall into, the positions within it, and which of them these are."""
+        if len(self._chunks) == 1:
+            yield self._chunks[0], positions, slice(None)
+            return
+        numbers = positions // CHUNK_ROWS
+        for number in np.unique(numbers):
+            chosen = np.flatnonzero(numbers == number)
+            yield self._chunks[number], positions[chosen] - number * CHUNK_ROWS, chosen
+
+
+def grown(array: np.ndarray, needed: int) -> np.ndarray:
+    """The array itself, or a copy at least twice as long if it has fewer than `needed` rows."""
+    if needed <= len(array):
+        return array
+    larger = np.zeros((max(needed, 2 * len(array)), *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger
