@@ -1,0 +1,144 @@
+"""The bank under many threads: whole rows, whole generations. Each row's values say whose they are, and since when."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit
+
+KINDS = pytest.mark.parametrize("kind", ["flat", "ivf_flat", "ivf_pq"])
+
+
+@pytest.fixture(autouse=True)
+def threads_that_take_short_turns() -> Iterator[None]:
+    """More orders of events, and less waiting: a thread that wants the interpreter gets it soon."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def run_all(targets: list[Callable[[], None]]) -> list[Exception]:
+    """Run functions at once, each in a thread of its own, and return what they raised."""
+    errors: list[Exception] = []
+
+    def caught(target: Callable[[], None]) -> None:
+        try:
+            target()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=caught, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def directions(ids: np.ndarray, generation: int) -> np.ndarray:
+    angles = 2.4 * ids + 0.7 * generation
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def swaps(kind: str, generations: int, rows: int) -> KnowledgeBank:
+    """Write every row anew in each generation while 16 threads search, each of whose answers must be of one."""
+    bank = KnowledgeBank(2, rows, "float32", index=kind, inverted_from=rows, recall=0.5)
+    ids = np.arange(rows)
+    bank.upsert(ids, directions(ids, 0), -directions(ids, 0), None, step=0)
+    bank.maintain()
+    done = threading.Event()
+
+    def commit() -> None:
+        try:
+            for generation in range(1, generations + 1):
+                values = directions(ids, generation)
+                versions = np.full(rows, generation)
+                assert bank.commit(Commit(ids, values, -values, versions, frame=generation)).applied == rows
+                bank.maintain()
+        finally:
+            done.set()
+
+    def search(first: int) -> None:
+        while not done.is_set():
+            asked = ids[first : first + 3]
+            knowledge = bank.search_ids(asked, 4)
+            assert len(knowledge.ids) >= 4
+            for found, audio, text in (
+                (knowledge.ids, knowledge.audio, knowledge.text),
+                (asked, knowledge.own_audio, knowledge.own_text),
+            ):
+                expected = directions(found, knowledge.generation)
+                np.testing.assert_allclose(audio, expected, atol=2e-3)
+                np.testing.assert_allclose(text, -expected, atol=2e-3)
+
+    assert run_all([commit, *(lambda first=first: search(first) for first in range(16))]) == []
+    assert bank.metrics()["bank/generation"] == generations
+    return bank
+
+
+def test_no_answer_mixes_two_of_a_thousand_generations():
+    bank = swaps("flat", generations=1000, rows=64)
+    assert bank.metrics()["bank/searches"] > 1000
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+def test_no_answer_mixes_generations_while_rows_move_and_files_are_swapped(kind):
+    bank = swaps(kind, generations=50, rows=300)
+    assert bank.metrics()["bank/inverted_rows"] == 300
+
+
+@KINDS
+def test_none_of_a_million_rows_that_were_read_is_torn(kind):
+    rows, wanted = 500, 1_000_000
+    bank = KnowledgeBank(4, rows, "float32", index=kind, inverted_from=rows)
+    ids, done = np.arange(rows), threading.Event()
+    read = [0, 0, 0, 0]
+
+    def coded(ids: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        return np.stack([ids, steps, ids, steps], axis=1).astype(np.float32)
+
+    def write() -> None:
+        rng, step = np.random.default_rng(1), 0
+        while not done.is_set():
+            step = min(step + 1, 2047)  # the last whole number in a row that float16 holds
+            chosen = rng.choice(ids, 100, replace=False)
+            values = coded(chosen, np.full(100, step))
+            bank.upsert(chosen, values, -values, None, step)
+            if step % 50 == 0:
+                bank.maintain()
+
+    def search(caller: int) -> None:
+        rng, searches = np.random.default_rng(caller), 0
+        while sum(read) < wanted or searches < 100:
+            knowledge = bank.search_ids(rng.choice(ids, 50, replace=False), 50)
+            expected = coded(knowledge.ids, knowledge.newest_step - knowledge.age)
+            assert (knowledge.audio == expected).all()
+            assert (knowledge.text == -expected).all()
+            read[caller] += len(knowledge.ids)
+            searches += 1
+
+    def copy(caller: int) -> None:
+        while sum(read) < wanted:
+            seen = bank.snapshot()
+            expected = coded(seen.ids, seen.step)
+            assert (seen.audio == expected).all()
+            assert (seen.text == -expected).all()
+            read[caller] += len(seen.ids)
+
+    def check_all() -> None:
+        try:
+            assert run_all([lambda: search(0), lambda: search(1), lambda: copy(2), lambda: copy(3)]) == []
+        finally:
+            done.set()
+
+    bank.upsert(ids, coded(ids, 0 * ids), -coded(ids, 0 * ids), None, step=0)
+    assert run_all([write, check_all]) == []
+    assert sum(read) >= wanted
+    assert bank.metrics()["bank/upserts"] > 10 * rows
