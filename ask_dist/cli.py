@@ -272,17 +272,22 @@ def corpus_build(
 
 @bank_app.command("build")
 def bank_build(
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="folder of shards, or its URL")],
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            metavar="SHARDS", help="folder of shards, or its URL; or a .txt, .csv, .jsonl or .parquet file of captions"
+        ),
+    ],
     folder: BankFolder,
     run: Annotated[Path, typer.Option("--checkpoint", help="folder of the finished run whose model encodes")],
 ) -> None:
-    """Encode a corpus that training never visits into a bank folder.
+    """Encode a corpus that training never visits, or captions alone, into a bank folder.
 
     Example: ask-dist bank build shards/open_sounds/train banks/open_sounds --checkpoint runs/quickstart
     """
     from ask_dist.evaluate.external import build
 
-    build(run, shards, folder, console)
+    build(run, corpus, folder, console)
 
 
 @bank_app.command("inspect")

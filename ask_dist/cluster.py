@@ -129,13 +129,17 @@ class Actors:
         return dict(zip(shard_names(len(primaries)), primaries, strict=True))
 
 
-def start_actors(config: Config) -> Actors:
+def start_actors(config: Config, steps_per_epoch: int) -> Actors:
     """The bank, and the refiner where the strategy is not "none"; all start while the caller goes on.
 
-    They belong to the caller's process and end with it. All come back after a crash: a shard of the bank with all that
-    was written to it where `bank.durable` is set, else empty, to be filled by the workers' upserts; a replica as a copy
-    of its shard, the refiner with a fresh network. What an earlier run left of its bank goes: a run goes on from
-    checkpoints, which share its snapshots.
+    The bank begins with the rows of `bank.from`, where the run names one. The actors belong to the caller's process and
+    end with it. All come back after a crash: a shard of the bank with all that was written to it where `bank.durable`
+    is set, else as it began, to be filled by the workers' upserts; a replica as a copy of its shard, the refiner with a
+    fresh network. What an earlier run left of its bank goes: a run goes on from checkpoints, which share its snapshots.
+
+    Args:
+        config: the run.
+        steps_per_epoch: what `bank.max_age_epochs` is measured in.
     """
     if not config.knowledge.enabled:
         return Actors()
@@ -143,9 +147,10 @@ def start_actors(config: Config) -> Actors:
     name = f"bank-{config.name}-{uuid.uuid4().hex[:8]}"
     names = [f"{name}-{shard}" for shard in range(config.bank.shards)]
     group = _spread(config)
-    copies = range(config.bank.replicas)
+    copies, epochs = range(config.bank.replicas), config.bank.max_age_epochs
+    max_age = None if epochs is None else round(epochs * steps_per_epoch)
     bank = tuple(
-        tuple(_bank_actor(config, group, shard, copy, primary) for copy in copies)
+        tuple(_bank_actor(config, group, shard, copy, primary, max_age) for copy in copies)
         for shard, primary in enumerate(names)
     )
     if config.refine.strategy == "none":
@@ -173,7 +178,9 @@ def _spread(config: Config) -> PlacementGroup | None:
     return placement_group([needs] * actors, strategy="SPREAD") if needs and actors > 1 else None
 
 
-def _bank_actor(config: Config, group: PlacementGroup | None, shard: int, copy: int, primary: str) -> Any:
+def _bank_actor(
+    config: Config, group: PlacementGroup | None, shard: int, copy: int, primary: str, max_age: int | None
+) -> Any:
     """One actor of the bank: the first of its shard bears the name, the others follow it."""
     kept = config.run_dir / BANK
     options: dict[str, Any] = {"num_cpus": config.cluster.bank_cpus, "num_gpus": config.cluster.bank_gpus}
@@ -184,13 +191,24 @@ def _bank_actor(config: Config, group: PlacementGroup | None, shard: int, copy: 
         primary=primary if copy else None,
         neighbours=config.knowledge.neighbours,
         durable_path=str(kept / str(shard)) if config.bank.durable and not copy else None,
+        begins_with=None if copy else _external(config, shard),
         dim=config.model.embedding_dim,
         capacity=capacity_of(config.bank.capacity, config.bank.shards),
         dtype=config.bank.dtype,
         threads=config.bank.threads,
         minimum_reliability=config.bank.minimum_reliability,
+        max_age=max_age,
         index=config.bank.index,
         inverted_from=config.bank.inverted_from,
         probes=config.bank.probes,
         recall=config.bank.recall,
     )
+
+
+def _external(config: Config, shard: int) -> tuple[str, str, int, int] | None:
+    """Of the external rows the folder, the digest of the weights that encoded them, and which of how many shards."""
+    if config.bank.source is None or config.model.source is None:
+        return None
+    from ask_dist.models import saved
+
+    return str(config.bank.source), saved.digest(config.model.source), shard, config.bank.shards

@@ -44,7 +44,7 @@ Places = Annotated[Path | str | tuple[Path | str, ...], BeforeValidator(_places)
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are read-only."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True)
 
 
 class Cluster(Section):
@@ -118,6 +118,7 @@ class Model(Section):
     text: TextModel = TextModel()
     logit_scale_init: Positive = 14.3
     logit_scale_max: Positive = 100.0
+    source: Path | None = Field(None, alias="from", description="finished run whose weights and tokenizer it takes")
 
 
 class Optimization(Section):
@@ -186,6 +187,8 @@ class Bank(Section):
     max_late_share: Share = Field(1.0, description="share of late or failed answers above which the run stops")
     max_missed: Count = Field(10_000, description="answers late or failed in a row after which the run stops")
     minimum_reliability: Share = Field(0.0, description="rows below it are not given as knowledge")
+    max_age_epochs: Positive | None = Field(None, description="rows that are older than this are not given; null: all")
+    source: Path | None = Field(None, alias="from", description="bank folder of other corpora that it starts with")
 
 
 class Refine(Section):
@@ -233,6 +236,9 @@ class Config(Section):
         for tower in (tree["model"]["audio"], tree["model"]["text"]):
             if tower["source"] is not None and Path(tower["source"]).exists():  # else the id of a hub
                 tower["source"] = str(Path(tower["source"]).absolute())
+        for section in ("model", "bank"):
+            if tree[section]["from"] is not None:
+                tree[section]["from"] = str(Path(tree[section]["from"]).absolute())
         return Config.model_validate(tree)
 
     @model_validator(mode="after")
@@ -258,6 +264,13 @@ class Config(Section):
                 f"bank.replicas={self.bank.replicas} follow their shard by the clock, which "
                 "optimization.deterministic excludes; set bank.replicas=1"
             )
+        if self.bank.source is not None and self.model.source is None:
+            raise ValueError(
+                f"bank.from={self.bank.source} holds rows of another run's weights, which new weights can't read; "
+                "set model.from=RUN, the run that encoded them"
+            )
+        if self.bank.source is not None and not self.knowledge.enabled:
+            raise ValueError(f"bank.from={self.bank.source} needs a bank, knowledge.enabled is false; leave one out")
         if self.optimization.precision == "bf16" and self.cluster.use_gpu is False:
             raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
         return self
@@ -351,7 +364,8 @@ def _explain(schema: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
-        known = list(_section(schema, location[:-1]).model_fields)
+        fields = _section(schema, location[:-1]).model_fields
+        known = [field.alias or name for name, field in fields.items()]
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         remedy = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {name}; {remedy}"

@@ -18,7 +18,10 @@ MODULES = {
 ONLY_IN = {"deepspeed": "train.engine", "faiss": "bank.index", "torch_geometric": "refine.gnn"}
 NO_RAY = {
     "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate", "export", "plan"],
-    "bank.": "messages memory rows index inverted prototypes store journal durable shard local".split(),
+    "bank.": [
+        *("messages", "memory", "rows", "index", "inverted", "prototypes", "store", "journal", "durable", "external"),
+        *("shard", "local"),
+    ],
     "refine.": ["graph", "gnn", "strategies", "refiner"],
     "train.": ["engine", "checkpoint", "tracking", "progress"],
     "ablation.": ["space", "inputs", "knowledge", "trial", "probes", "statistics", "analysis", "plots", "report"],

@@ -138,9 +138,10 @@ def default_of(key: str) -> object:
         if section not in model.model_fields:
             raise AttributeError(key)
         model = model.model_fields[section].annotation  # type: ignore[assignment]
-    if leaf not in model.model_fields:
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    if leaf not in fields:
         raise AttributeError(key)
-    return model.model_fields[leaf].default
+    return fields[leaf].default
 
 
 def names_something(name: str) -> bool:

@@ -67,7 +67,8 @@ class TrialKnowledge:
         if self._trial.arm.strategy == "reencode":
             self._reencode(self._trained, self._rows, step)
             self.refine_seconds.append(time.perf_counter() - start)
-        commit, report = generation(self._refiner, self._bank.snapshot(), self._trial.prototypes, self._trial.seed)
+        parts = [(self._refiner, None)]
+        (commit,), (report,) = generation(parts, self._bank.snapshot(), self._trial.prototypes, self._trial.seed)
         self._bank.commit(commit)
         if report is not None and self._trial.arm.strategy != "reencode":
             self.refine_seconds.append(report.seconds)

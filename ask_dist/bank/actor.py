@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from ask_dist.bank import store
+from ask_dist.bank import external, store
 from ask_dist.bank.durable import DurableBank
 from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes
@@ -35,6 +35,8 @@ class BankActor:
         durable_path: a folder of a `DurableBank`: a restarted actor comes back with all that was written.
         primary: name of the actor that this one is a read replica of: it takes no writes, asks that actor twice a
             second for what was written there, and fills itself from it whenever either of them was restarted.
+        begins_with: a bank folder, the digest of the weights that encoded it, and which of how many shards this is:
+            the rows that the bank holds when it is empty otherwise.
         maintenance_seconds: pause between two looks at whether inverted files are to be trained.
         settings: `KnowledgeBank`'s arguments.
     """
@@ -46,10 +48,12 @@ class BankActor:
         state_path: str | None = None,
         durable_path: str | None = None,
         primary: str | None = None,
+        begins_with: tuple[str, str, int, int] | None = None,
         maintenance_seconds: float = 30.0,
         **settings: Any,
     ) -> None:
-        self._neighbours, self._settings = neighbours, settings
+        self._neighbours, self._settings, self._begins_with = neighbours, settings, begins_with
+        self._committed = time.monotonic()
         self._durable = None if durable_path is None else DurableBank(Path(durable_path), self._made)
         self._bank = self._made({}) if self._durable is None else self._durable.bank
         if settings.get("index", "flat") != "flat":
@@ -83,16 +87,20 @@ class BankActor:
         return (self._durable or self._bank).upsert(ids, audio, text, reliability, step)
 
     def snapshot(self) -> Snapshot:
-        return self._bank.snapshot()
+        return self._bank.snapshot(np.float16)  # what workers send and get; half the memory of the refiner
 
     def commit(self, commit: Commit) -> CommitResult:
-        return (self._durable or self._bank).commit(commit)
+        result = (self._durable or self._bank).commit(commit)
+        self._committed = time.monotonic()
+        return result
 
     def prototypes(self) -> Prototypes | None:
         return self._bank.prototypes
 
     def metrics(self) -> dict[str, float]:
-        return self._bank.metrics() | (self._durable.metrics() if self._durable else {})
+        """`KnowledgeBank.metrics`, and how long ago the refiner last committed: grows while it is dead or hangs."""
+        told = self._bank.metrics() | {"bank/seconds_since_commit": time.monotonic() - self._committed}
+        return told | (self._durable.metrics() if self._durable else {})
 
     @ray.method(max_task_retries=-1)  # a checkpoint waits for a bank that is being restarted
     def save(self, folder: str) -> str:
@@ -114,7 +122,7 @@ class BankActor:
         """Replace the whole bank by a saved one.
 
         Args:
-            folders: of the newest snapshots of every shard of that bank, in order; none empties the bank.
+            folders: of the newest snapshots of every shard of that bank, in order; none: it begins anew.
             shard, shards: which part of it this one is to be; where it was saved in another number it is split anew.
 
         Raises:
@@ -134,6 +142,10 @@ class BankActor:
         return len(self._bank)
 
     def _made(self, state: State) -> KnowledgeShard:
+        """A bank of a state; of an empty one, the bank that begins."""
+        if not state and self._begins_with is not None:
+            folder, weights, shard, shards = self._begins_with
+            state = shard_state([external.load(folder, weights, self._settings["dim"])], shard, shards)
         return KnowledgeShard.from_state(state, **self._settings) if state else KnowledgeShard(**self._settings)
 
     def _follow(self, primary: str) -> None:

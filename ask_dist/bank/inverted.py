@@ -31,6 +31,7 @@ PAYING_SHARE, PAYING_LISTS = 0.25, 64
 CANDIDATES, MOST_CANDIDATES = 8, 128  # of a product quantizer, for one that is wanted
 # Queries and neighbours by which recall is told, and by how much it may differ between two samples.
 RECALL_QUERIES, RECALL_NEIGHBOURS, RECALL_NOISE = 64, 16, 0.02
+LOOKED_AT = 16  # rows for a query: where most have no such half, queries are taken from those that have
 
 
 class InvertedIndex:
@@ -198,11 +199,13 @@ class InvertedIndex:
     def _sample(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows spread over all of them, float32, and the positions nearest to each, by rows that may be changing."""
         count = len(self.rows)
-        queries = self.rows.take(np.arange(0, count, max(1, count // RECALL_QUERIES))[:RECALL_QUERIES])
+        spread = self.rows.take(np.arange(0, count, max(1, count // (LOOKED_AT * RECALL_QUERIES))))
+        spread = spread[spread.any(axis=1)]  # a row of zeros is near to none
+        queries = spread[:: max(1, len(spread) // RECALL_QUERIES)][:RECALL_QUERIES]
         return queries, search_rows(queries, self.rows, RECALL_NEIGHBOURS, self._threads)[1]
 
     def _found(self, queries: np.ndarray, nearest: np.ndarray) -> float:
-        if self._file is None:
+        if self._file is None or len(queries) == 0:
             return 1.0
         farthest = inner_products(queries, nearest, self.rows).min(axis=1, keepdims=True)
         return float((self.search(queries, nearest.shape[1])[0] >= farthest - 1e-5).mean())

@@ -7,10 +7,11 @@ from collections import Counter
 from typing import Literal, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ask_dist.bank.index import ExactIndex
 from ask_dist.bank.inverted import InvertedIndex
-from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
+from ask_dist.bank.messages import EXTERNAL, Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes, unit_rows
 from ask_dist.bank.rows import BLOCK_ROWS, grown
 from ask_dist.errors import InputError
@@ -24,6 +25,8 @@ PER_ROW = {"ids": np.int64, "step": np.int64, "frame": np.int64, "version": np.i
 
 class KnowledgeBank:
     """Paired embeddings by id, searched by either half, written by workers (`upsert`) and by the refiner (`commit`).
+
+    A row of zeros for audio is a text alone: it is found by text, and never by audio.
 
     One lock covers every method, so a search sees the bank before or after a write, never half of one.
 
@@ -68,6 +71,7 @@ class KnowledgeBank:
         self._recall = dict.fromkeys(self._index, 1.0)
         self._maintenance = threading.Lock()
         self._meta = {name: np.zeros(0, kind) for name, kind in PER_ROW.items()}
+        self._heard = np.zeros(0, bool)  # follows from the rows: those with an audio half
         self._row_of: dict[int, int] = {}
         self._generation, self._newest_step = 0, 0
         self._prototypes: Prototypes | None = None
@@ -141,11 +145,16 @@ class KnowledgeBank:
         """The nearest rows to free queries [n, dim] by `modality`.
 
         Returns:
-            scores float32 and ids int64, both [n, min(k, rows)], best first.
+            scores float32 and ids int64, both [n, min(k, rows)], best first. Rows without an audio half come last where
+            audio is compared, at minus infinity.
         """
         with self._lock:
             self._counts["searches"] += 1
             scores, rows = self._index[modality].search(queries, k)
+            if modality == "audio" and not self._heard[rows].all():
+                scores = np.where(self._heard[rows], scores, -np.inf)
+                order = np.argsort(-scores, axis=1, kind="stable")
+                scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
             return scores, self._meta["ids"][rows]
 
     def maintain(self, seed: int = 0) -> bool:
@@ -169,10 +178,10 @@ class KnowledgeBank:
         finally:
             self._maintenance.release()
 
-    def snapshot(self) -> Snapshot:
-        """A copy of every row at one moment."""
+    def snapshot(self, dtype: DTypeLike | None = None) -> Snapshot:
+        """A copy of every row at one moment, its embeddings as they are stored or in another dtype."""
         with self._lock:
-            return self._copy()
+            return self._copy(dtype or self._dtype)
 
     def commit(self, commit: Commit) -> CommitResult:
         """Write corrected rows, each only if its version is still the corrected one; begins a new generation.
@@ -198,14 +207,17 @@ class KnowledgeBank:
     def metrics(self) -> dict[str, float]:
         """Sizes and counts since the start: `bank/rows`, `bank/staleness` (mean global steps) and so on."""
         with self._lock:
-            frame = self._meta["frame"][: len(self)]
-            staleness = float((self._newest_step - frame).mean()) if len(self) else 0.0
+            age = self._newest_step - self._meta["frame"][: len(self)]
+            too_old = float((age > self._max_age).mean()) if len(self) and self._max_age is not None else 0.0
             counts = {f"bank/{name}": float(self._counts[name]) for name in COUNTERS}
+            counts["bank/external_rows"] = float((self._meta["step"][: len(self)] == EXTERNAL).sum())
+            counts["bank/external_share"] = self._counts["external_given"] / max(1, self._counts["given"])
             counts["bank/inverted_rows"] = float(min(index.trained_rows for index in self._index.values()))
             counts |= {f"bank/recall_{name}": recall for name, recall in self._recall.items()}
             return {
                 "bank/rows": float(len(self)),
-                "bank/staleness": staleness,
+                "bank/staleness": float(age.mean()) if len(self) else 0.0,
+                "bank/too_old_share": too_old,
                 "bank/generation": float(self._generation),
                 **counts,
             }
@@ -213,7 +225,7 @@ class KnowledgeBank:
     def state(self) -> State:
         """All that a checkpoint needs, as flat named arrays."""
         with self._lock:
-            state: State = {name: np.asarray(value) for name, value in vars(self._copy()).items()}
+            state: State = {name: np.asarray(value) for name, value in vars(self._copy(self._dtype)).items()}
             state["counts"] = np.array([self._counts[name] for name in COUNTERS])
             if self._prototypes is not None:
                 state["prototypes.generation"] = np.array(self._prototypes.generation)
@@ -253,10 +265,10 @@ class KnowledgeBank:
         self._recall[name] = index.rebuild(self._lock, seed, aim)
         return True
 
-    def _copy(self) -> Snapshot:
+    def _copy(self, dtype: DTypeLike) -> Snapshot:
         return Snapshot(
-            audio=self._index["audio"].rows.copy(),
-            text=self._index["text"].rows.copy(),
+            audio=self._index["audio"].rows.copy(dtype),
+            text=self._index["text"].rows.copy(dtype),
             generation=self._generation,
             newest_step=self._newest_step,
             **{name: values[: len(self)].copy() for name, values in self._meta.items()},
@@ -288,6 +300,7 @@ class KnowledgeBank:
         if total > self._capacity:
             raise InputError(f"{total} rows exceed the bank's capacity of {self._capacity}: raise bank.capacity")
         self._meta = {name: grown(values, total) for name, values in self._meta.items()}
+        self._heard = grown(self._heard, total)
         rows = rows.copy()
         rows[new] = np.arange(count, total)
         self._meta["ids"][rows[new]] = ids[new]
@@ -298,6 +311,7 @@ class KnowledgeBank:
     def _write(self, rows: np.ndarray, audio: np.ndarray, text: np.ndarray, frame: int) -> None:
         for modality, values in (("audio", audio), ("text", text)):
             self._index[modality].write(rows, values)
+        self._heard[rows] = audio.any(axis=1)
         self._meta["frame"][rows] = frame
         self._meta["version"][rows] += 1
 
@@ -306,13 +320,20 @@ class KnowledgeBank:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest rows to each query, `excluded` ones left out before counting to k.
 
+        A row of zeros finds nothing. By audio, a row without that half stands where its cosine of 0 puts it, and is
+        then left out.
+
         Returns:
-            scores float32 and rows int64, both [n, k], best first; where there are fewer the score is -inf.
+            scores float32 and rows int64, both [n, k], best first; where there are fewer, or none is left, the score is
+            -inf.
         """
         scores, rows = _first(*index.search(queries, k + SPARE_NEIGHBOURS), excluded, k)
         short = np.isneginf(scores).any(axis=1)
         if short.any():
             scores[short], rows[short] = _first(*index.search(queries[short], k + len(excluded)), excluded, k)
+        scores[~queries.any(axis=1)] = -np.inf
+        if index is self._index["audio"] and len(self):
+            scores[~self._heard[rows]] = -np.inf
         return scores, rows
 
     def _trusted(self, rows: np.ndarray) -> np.ndarray:
@@ -320,7 +341,10 @@ class KnowledgeBank:
         keep = (reliability >= self._minimum_reliability) | (reliability < 0)
         if self._max_age is not None:
             keep &= self._newest_step - self._meta["frame"][rows] <= self._max_age
-        return rows[keep]
+        given = rows[keep]
+        self._counts["given"] += len(given)
+        self._counts["external_given"] += int((self._meta["step"][given] == EXTERNAL).sum())
+        return given
 
     def _knowledge(self, rows: np.ndarray, asked: np.ndarray) -> Knowledge:
         known = asked >= 0

@@ -10,6 +10,8 @@ import numpy as np
 Modality = Literal["audio", "text"]
 State = dict[str, np.ndarray]
 
+EXTERNAL = -1  # the step of a row that the run itself never encoded
+
 
 @dataclass(frozen=True)
 class Knowledge:
@@ -18,7 +20,7 @@ class Knowledge:
 
     Attributes:
         ids: int64 [m], none of them asked for.
-        audio, text: float16 [m, d], unit length.
+        audio, text: float16 [m, d], unit length; zeros for the audio of a row that is a text alone.
         reliability: float32 [m].
         age: int64 [m], global steps between the bank's newest row and the weights this row is valid for.
         own_audio, own_text: float16 [n, d], the asked ids' own rows in the order asked; zeros where the id is unknown.
@@ -42,7 +44,10 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A consistent copy of every row: ids, step, frame, version int64 [n]; audio, text [n, d]; reliability [n]."""
+    """A consistent copy of every row: ids, step, frame, version int64 [n]; audio, text [n, d]; reliability [n].
+
+    `step` is `EXTERNAL` where the run itself never encoded the row.
+    """
 
     ids: np.ndarray
     audio: np.ndarray

@@ -44,9 +44,12 @@ class Rows:
             taken[chosen] = chunk[within]
         return taken
 
-    def copy(self) -> np.ndarray:
-        """All rows as one array."""
-        return np.concatenate([np.empty((0, self.dim), self.dtype), *(block for _, block in self.blocks())])
+    def copy(self, dtype: DTypeLike | None = None) -> np.ndarray:
+        """All rows as one array, as they are stored or in another dtype."""
+        whole = np.empty((self._count, self.dim), dtype or self.dtype)
+        for first, block in self.blocks():
+            whole[first : first + len(block)] = block
+        return whole
 
     def blocks(self, size: int = CHUNK_ROWS) -> Iterator[tuple[int, np.ndarray]]:
         """Views of at most `size` rows each, in order, with the position of their first row."""

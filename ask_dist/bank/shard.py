@@ -18,7 +18,15 @@ from ask_dist.bank.messages import Knowledge, Modality, State
 from ask_dist.bank.rows import grown
 
 CHANGES = 65_536  # rows that a replica is sent at a time: bounds what is copied while the bank's lock is held
-SUMS = ("bank/rows", "bank/upserts", "bank/rejected", "bank/inverted_rows", "bank/journal_bytes")
+SUMS = (
+    "bank/rows",
+    "bank/upserts",
+    "bank/rejected",
+    "bank/inverted_rows",
+    "bank/journal_bytes",
+    "bank/external_rows",
+)
+LARGEST = ("bank/seconds_since_commit", "bank/too_old_share")
 MIX = np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hash: ids that are numbered in a row spread evenly
 
 
@@ -261,6 +269,7 @@ def whole_metrics(shards: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, 
         return {}
     values = {name: min(said[name] for said in primaries) for name in primaries[0]}
     values |= {name: sum(said[name] for said in primaries) for name in SUMS if name in values}
+    values |= {name: max(said[name] for said in primaries) for name in LARGEST if name in values}
     stale = sum(said["bank/staleness"] * said["bank/rows"] for said in primaries)
     values["bank/staleness"] = stale / max(1.0, values["bank/rows"])
     values["bank/searches"] = max(sum(said.get("bank/searches", 0.0) for said in actors) for actors in shards)

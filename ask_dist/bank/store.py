@@ -51,19 +51,20 @@ class Manifest(BaseModel):
 
     Attributes:
         rows, dim, dtype: of the embeddings. generation, newest_step: of the bank at that moment.
-        source: where the rows come from, in words.
+        source: where the rows come from, in words. weights: digest of the model that encoded them; "" if unknown.
         bytes: of the data file. blocks: SHA-256 of each `block_bytes` of it; the last may be shorter.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     rows: Size
     dim: Annotated[int, Field(ge=1)]
     dtype: Literal["float16", "float32"]
     generation: Size
     newest_step: Size
     source: str = ""
+    weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     bytes: Size
     block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES)]
     blocks: tuple[Digest, ...]
@@ -74,13 +75,22 @@ class Manifest(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP, number: int | None = None) -> Path:
+def save(
+    folder: Path | str,
+    state: State,
+    *,
+    source: str = "",
+    weights: str = "",
+    keep: int = KEEP,
+    number: int | None = None,
+) -> Path:
     """Write a bank's `state()` as the folder's newest snapshot; the folder is made if missing.
 
     Args:
         folder: of this bank alone; one writer at a time.
         state: of `KnowledgeBank.state()`.
         source: where the rows come from, for who inspects the folder.
+        weights: digest of the model that encoded the rows.
         keep: snapshots that stay, this one included.
         number: of the snapshot, above all others' there; the next one if not given.
 
@@ -107,6 +117,7 @@ def save(folder: Path | str, state: State, *, source: str = "", keep: int = KEEP
             generation=int(state["generation"]),
             newest_step=int(state["newest_step"]),
             source=source,
+            weights=weights,
             bytes=aside.stat().st_size,
             block_bytes=BLOCK_BYTES,
             blocks=_digests(aside, BLOCK_BYTES),

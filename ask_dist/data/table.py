@@ -79,6 +79,26 @@ def require(table: Path, columns: Mapping[str, Any], names: Sequence[str]) -> No
         raise InputError(f"{table} has no column {', '.join(missing)} among {', '.join(columns)}: rename or name yours")
 
 
+def read_captions(table: Path) -> list[str]:
+    """The distinct captions of `.txt` (one a line), or of a table as in `read_table`, in order.
+
+    Raises:
+        InputError: the file is missing, unreadable, of another type, or holds no caption.
+    """
+    if table.suffix == ".txt":
+        try:
+            lists = [texts(line) for line in table.read_text(encoding="utf-8-sig").split("\n")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{table} is no readable UTF-8 text ({error}): check it, or export it again") from None
+    else:
+        named = ((name, cell) for _, cells in read_lines(table) for name, cell in cells.items())
+        lists = [texts(cell) for name, cell in named if CAPTION_COLUMN.fullmatch(name)]
+    captions = [caption.encode("utf-8", "replace").decode() for caption in joined(*lists)]
+    if not captions:
+        raise InputError(f"{table} holds no caption: give one a line, or a column named caption")
+    return captions
+
+
 def read_lines(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The number and the cells by column of each line of a `.csv`, `.jsonl` or `.parquet`.
 

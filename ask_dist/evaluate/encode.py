@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import EvalLoader
-from ask_dist.data.shards import ShardList
+from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.evaluate.long_tail import long_tail_metrics
 from ask_dist.evaluate.retrieval import bootstrap_interval, ranks
 from ask_dist.evaluate.search import IndexedClip, SearchIndex
@@ -96,6 +97,13 @@ def encode(
     encoded.bad = list(loader.bad.records)
     model.train(was_training)
     return encoded
+
+
+def paired_rows(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A row a clip: ids int64 [n], audio, and the mean of its captions at unit length, float32 [n, dim] each."""
+    ids = np.array([stable_id(key) for key in encoded.keys], np.int64)
+    sums = torch.zeros_like(encoded.audio_features).index_add_(0, encoded.owner, encoded.text_features)
+    return ids, encoded.audio_features.numpy(), unit_rows(sums.numpy())
 
 
 def gather_encoded(part: Encoded) -> Encoded:

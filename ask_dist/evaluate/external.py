@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,22 @@ from rich.table import Table
 from ask_dist.bank import store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Modality
-from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.places import is_url
 from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.data.table import read_captions
 from ask_dist.errors import InputError
-from ask_dist.evaluate.encode import Encoded, encode
+from ask_dist.evaluate.encode import encode, paired_rows
 from ask_dist.evaluate.run import embed_query
 from ask_dist.files import write_atomically, writing
-from ask_dist.models.saved import load_model
+from ask_dist.models.dual_encoder import DualEncoder
+from ask_dist.models.saved import digest, load_model
 
 CLIPS = "clips.jsonl"
 PART = 1000  # clips encoded between two looks at the progress bar
+TEXTS = 64  # captions encoded at a time
+Part = tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list["BankedClip"]]  # ids, audio and text; what the rows are
 
 
 class BankedClip(BaseModel):
@@ -43,14 +47,15 @@ class BankedClip(BaseModel):
     shard: str
 
 
-def build(run_dir: Path, shards: Path | str, folder: Path, console: Console) -> Path:
+def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
     Clips of the run's validation and test splits are left out, by their keys and by their sounds.
 
     Args:
         run_dir: a finished run.
-        shards: folder of shards, or its URL.
+        corpus: folder of shards, or its URL; or a file of captions (`.txt`, `.csv` and so on), each a row without an
+            audio half.
         folder: where the bank goes; an older bank there stays as its snapshot before.
         console: where progress goes.
 
@@ -58,36 +63,32 @@ def build(run_dir: Path, shards: Path | str, folder: Path, console: Console) -> 
         The manifest's path.
 
     Raises:
-        InputError: no such run, no such shards, or nothing in them can be used.
+        InputError: no such run, no such corpus, or nothing in it can be used.
     """
     config, model = load_model(run_dir)
-    corpus = ShardList.load(shards)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    bank = KnowledgeBank(config.model.embedding_dim, corpus.clips)
-    held_out = _held_out(config, console)
-    parts, refused = max(1, corpus.clips // PART), ""
+    if not is_url(corpus) and Path(corpus).is_file():
+        texts = read_captions(Path(corpus))
+        size, parts = len(texts), _caption_parts(model, texts, Path(corpus).name)
+    else:
+        shards = ShardList.load(corpus)
+        size, parts = shards.clips, _clip_parts(model, shards, config, _held_out(config, console))
+    bank = KnowledgeBank(config.model.embedding_dim, size)
     clips: dict[int, BankedClip] = {}
     with _bar(console) as bar:
-        for part in bar.track(range(parts), description=f"encoding {shards}"):
-            try:
-                encoded = encode(model, corpus, config, rank=part, world_size=parts, held_out=held_out)
-            except InputError as error:  # all of this part is bad, of a damaged shard for one; the others may be good
-                refused = str(error)
-                continue
-            bank.upsert(*_rows(encoded), None, step=0)
-            clips |= _clips_of(encoded)
-    if not len(bank):
-        raise InputError(refused or f"{shards} holds no clip that can be used; pack it again")
-    place = shards if is_url(shards) else Path(shards).resolve()
+        for rows, told in bar.track(parts, total=max(1, size // PART), description=f"encoding {corpus}"):
+            bank.upsert(*rows, None, step=0)
+            clips |= {clip.id: clip for clip in told}
+    place = corpus if is_url(corpus) else Path(corpus).resolve()
     with writing(folder):
-        path = store.save(folder, bank.state(), source=f"{place} by {run_dir.resolve()}")
+        source = f"{place} by {run_dir.resolve()}"
+        path = store.save(folder, bank.state(), source=source, weights=digest(run_dir))
         # With those of the snapshot before, which may be fallen back on; what is damaged is written anew.
         with contextlib.suppress(InputError):
             clips = _clips(folder) | clips
         lines = (json.dumps(clip.model_dump()) + "\n" for clip in clips.values())
         write_atomically(folder / CLIPS, "".join(lines).encode())
-    skipped = corpus.clips - len(bank)
-    console.print(f"{len(bank)} rows in {folder}, {skipped} clips left out", highlight=False, soft_wrap=True)
+    console.print(f"{len(bank)} rows in {folder}, {size - len(bank)} clips left out", highlight=False, soft_wrap=True)
     return path
 
 
@@ -140,7 +141,7 @@ def search(
         console: where the table goes.
 
     Raises:
-        InputError: neither or both of query and audio, an unreadable sound, no bank, or one of another width.
+        InputError: neither or both of query and audio, an unreadable sound, no bank, or one of another width or half.
     """
     if (query is None) == (audio is None):
         raise InputError("search takes a sentence or --audio FILE, one of the two")
@@ -149,6 +150,8 @@ def search(
     dim, width = state["audio"].shape[1], config.model.embedding_dim
     if dim != width:
         raise InputError(f"{folder} holds rows of width {dim}, {run_dir} embeds to {width}: name the run that built it")
+    if by == "audio" and not state["audio"].any():
+        raise InputError(f"{folder} holds captions alone, which have no audio to compare: search it with --by text")
     bank = KnowledgeBank.from_state(state, dim=dim, capacity=len(state["ids"]))
     scores, ids = bank.search(embed_query(model, config, query, audio)[None], k, by)
     clips = _clips(folder)
@@ -171,17 +174,36 @@ def _held_out(config: Config, console: Console) -> HeldOut:
     return HeldOut.of(splits)
 
 
-def _rows(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids = np.array([stable_id(key) for key in encoded.keys], np.int64)
-    sums = torch.zeros_like(encoded.audio_features).index_add_(0, encoded.owner, encoded.text_features)
-    return ids, encoded.audio_features.numpy(), unit_rows(sums.numpy())
+def _clip_parts(model: DualEncoder, shards: ShardList, config: Config, held_out: HeldOut) -> Iterator[Part]:
+    """Part by part, the clips that can be used and are not held out."""
+    parts, found, refused = max(1, shards.clips // PART), False, None
+    for part in range(parts):
+        try:
+            encoded = encode(model, shards, config, rank=part, world_size=parts, held_out=held_out)
+        except InputError as error:  # all of this part is bad, of a damaged shard for one; the others may be good
+            refused = error
+            continue
+        found |= bool(encoded.keys)
+        told = zip(encoded.keys, encoded.captions, encoded.shards, strict=True)
+        yield paired_rows(encoded), [_told(key, captions, shard) for key, captions, shard in told]
+    if not found:
+        raise refused or InputError("the shards hold no clip that can be used; pack them again")
 
 
-def _clips_of(encoded: Encoded) -> dict[int, BankedClip]:
-    return {
-        stable_id(key): BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard)
-        for key, captions, shard in zip(encoded.keys, encoded.captions, encoded.shards, strict=True)
-    }
+@torch.no_grad()
+def _caption_parts(model: DualEncoder, captions: list[str], file: str) -> Iterator[Part]:
+    """Part by part, rows with zeros for audio. Equal captions of two files are one row, as their ids say."""
+    device = next(model.parameters()).device
+    parts = max(1, len(captions) // PART)
+    for texts in np.array_split(np.array(captions, object), parts):
+        told = [_told(f"caption:{text}", [text], file) for text in texts]
+        batches = [texts[at : at + TEXTS].tolist() for at in range(0, len(texts), TEXTS)]
+        rows = torch.cat([model.encode_text(model.text.tokenize(batch).to(device)).cpu() for batch in batches]).numpy()
+        yield (np.array([clip.id for clip in told], np.int64), np.zeros_like(rows), rows), told
+
+
+def _told(key: str, captions: list[str], shard: str) -> BankedClip:
+    return BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard)
 
 
 def _clips(folder: Path) -> dict[int, BankedClip]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class Neighbours:
 
     Attributes:
         ids: int64 [rows], none of them this rank's.
-        audio, text: float32 [rows, dim], unit rows, paired.
+        audio, text: float32 [rows, dim], unit rows, paired; zeros for the audio of a row that is a text alone.
         age: float32 [rows], global steps since the row was last right (encoded or refined).
         own_audio, own_text: float32 [local, dim], what the bank holds of this rank's own pairs.
         own_age: float32 [local]; -1 where the bank does not hold the pair.
@@ -40,6 +40,13 @@ class Neighbours:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def paired(self) -> Neighbours:
+        """Without the rows that are a text alone: what may be compared by audio."""
+        both = self.audio.any(dim=1)
+        rows = {name: getattr(self, name)[both] for name in ("ids", "audio", "text", "age", "reliability")}
+        return replace(self, **rows)
 
     @classmethod
     def of(cls, answer: Any, prototypes: Any = None, device: torch.device | str = "cpu") -> Neighbours:
@@ -83,7 +90,7 @@ def bank_contrast(
     Args:
         features: float [local, dim], queries with gradient.
         own: float [local, dim], the stored other half of each query's pair.
-        rows: float [rows, dim], the other modality's half of the neighbours.
+        rows: float [rows, dim], the other modality's half of these neighbours.
         half_life: global steps.
 
     Returns:
@@ -102,7 +109,7 @@ def consistency(
 
     Args:
         audio_features, text_features: float [local, dim].
-        bank_audio, bank_text: float [rows, dim], neighbours (fine) or prototypes (coarse).
+        bank_audio, bank_text: float [rows, dim], neighbours (fine) or prototypes (coarse); there may be more texts.
         temperature: of the four softmax distributions.
 
     Returns:

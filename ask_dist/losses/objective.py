@@ -96,7 +96,7 @@ class AskObjective:
         settings = self.knowledge.reliability
         if neighbours is None:
             return torch.full((local,), UNKNOWN, device=batch.ids.device)
-        now = pair_reliability(batch, local, neighbours, rank=settings.rank, shape=settings.shape)
+        now = pair_reliability(batch, local, neighbours.paired, rank=settings.rank, shape=settings.shape)
         return running_reliability(now, neighbours.own_reliability, settings.momentum)
 
     def _weights(self, reliability: Tensor, neighbours: Neighbours | None, progress: float) -> Tensor:
@@ -123,10 +123,9 @@ class AskObjective:
         contrast = info_nce(by_audio, allowed, target) + info_nce(by_text, allowed, target)
         share = self.knowledge.contrast_weight
         if neighbours is not None and share > 0:
-            known = neighbours
-            settings = (known, scale, self.half_life)
-            wide = bank_contrast(audio, known.own_text, known.text, *settings)
-            wide = wide + bank_contrast(text, known.own_audio, known.audio, *settings)
+            known, heard = neighbours, neighbours.paired
+            wide = bank_contrast(audio, known.own_text, known.text, known, scale, self.half_life)
+            wide = wide + bank_contrast(text, known.own_audio, heard.audio, heard, scale, self.half_life)
             contrast = torch.where(known.own_age >= 0, (1 - share) * contrast + share * wide, contrast)
         return {"contrast": weighted_mean(contrast / 2, weights, batch)}
 
@@ -136,7 +135,7 @@ class AskObjective:
         settings = self.knowledge
         terms = {}
         if settings.consistency_weight > 0:
-            fine = consistency(audio, text, neighbours.audio, neighbours.text, settings.temperature)
+            fine = consistency(audio, text, neighbours.paired.audio, neighbours.text, settings.temperature)
             terms["consistency"] = settings.consistency_weight * weighted_mean(fine, weights, batch)
         if settings.coarse_weight > 0 and neighbours.prototypes:
             levels = [consistency(audio, text, a, t, settings.temperature) for a, t in neighbours.prototypes]

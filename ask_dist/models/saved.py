@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -38,17 +39,44 @@ def load_model(run_dir: Path) -> tuple[Config, DualEncoder]:
     Raises:
         InputError: the folder is no finished run, or its weights do not fit its configuration.
     """
+    config = load_config(run_dir)
     folder = run_dir / "model"
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{run_dir} holds no finished run (no model/{WEIGHTS}); train it, or finish it with --resume")
-    config = configuration.load(run_dir / "config.yaml")
     vocabulary = Vocabulary.load(folder / Vocabulary.FILE)
     model = build_dual_encoder(_described(config.model, folder), config.data.sample_rate, vocabulary)
+    load_weights(model, run_dir)
+    return config, model.eval()
+
+
+def load_config(run_dir: Path) -> Config:
+    """The configuration of a finished run.
+
+    Raises:
+        InputError: the folder is no finished run.
+    """
+    if not (run_dir / "model" / WEIGHTS).is_file():
+        raise InputError(f"{run_dir} holds no finished run (no model/{WEIGHTS}); train it, or finish it with --resume")
+    return configuration.load(run_dir / "config.yaml")
+
+
+def load_weights(model: DualEncoder, run_dir: Path) -> None:
+    """Puts the weights of a finished run into a model of its architecture.
+
+    Raises:
+        InputError: they do not fit.
+    """
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors and torch each raise types of their own
         raise InputError(f"{run_dir}/model/{WEIGHTS} does not fit config.yaml: {str(error).splitlines()[0]}") from None
-    return config, model.eval()
+
+
+def digest(run_dir: Path) -> str:
+    """SHA-256 of what a run embeds by: its weights, its tokenizer, and what describes its encoders."""
+    folder, whole = run_dir / "model", hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            whole.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
 
 
 def _described(config: Model, folder: Path) -> Model:

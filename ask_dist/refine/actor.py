@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import ray
 
-from ask_dist.bank.messages import Commit, Snapshot
+from ask_dist.bank.messages import EXTERNAL, Commit, Snapshot
 
 if TYPE_CHECKING:  # imports torch and torch-geometric, which cost seconds: the first generation pays, not the start
     from ask_dist.refine.refiner import Refiner, RefineReport
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 MAX_FAILURES = 5  # in a row
 FIRST_PAUSE = 0.1  # seconds, doubled by each failure in a row
 NICENESS = 10
-PROTOTYPE_ROWS = 65_536  # that the prototypes of a bank in shards are built from
+ANCHORS: tuple[Literal["generation", "first"], ...] = ("generation", "first")
 
 
 class RefineActor:
@@ -39,7 +39,9 @@ class RefineActor:
         prototypes: granularities that each commit rebuilds.
         interval: least seconds from the start of one generation to that of the next.
         cpu_share: most of one core that it takes, on average over a generation and the rest after it.
-        strategy, anchor, minimum_fresh: as for `Refiner`. settings: as for `Settings`.
+        strategy, minimum_fresh: as for `Refiner`. settings: as for `Settings`.
+
+    Rows of the run are corrected from generation to generation, external rows from the first frame that it saw them at.
     """
 
     def __init__(
@@ -50,15 +52,13 @@ class RefineActor:
         interval: float = 2.0,
         cpu_share: float = 0.1,
         strategy: str = "kernel",
-        anchor: str = "generation",
         minimum_fresh: int = 64,
         **settings: int,
     ) -> None:
         os.nice(NICENESS)
         self._levels, self._interval, self._cpu_share = tuple(prototypes), interval, cpu_share
-        self._refiner_arguments = {"strategy": strategy, "anchor": anchor, "minimum_fresh": minimum_fresh}
-        self._settings = settings
-        self._refiners: dict[int, Refiner] = {}  # by shard
+        self._strategy, self._minimum_fresh, self._settings = strategy, minimum_fresh, settings
+        self._refiners: dict[tuple[int, str], Refiner] = {}  # by shard and anchor
         self._samples: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # audio and text rows, by shard
         self._lock = threading.Lock()  # the refiners': their state is never read in the middle of a generation
         self._stop = threading.Event()
@@ -76,7 +76,7 @@ class RefineActor:
         self._thread.join()
 
     def reports(self) -> list[dict[str, Any]]:
-        """A `RefineReport` as a dict for each generation since this was last asked.
+        """A `RefineReport` of the run's rows as a dict for each generation since this was last asked.
 
         Raises:
             RuntimeError: it gave up after too many failures in a row; the last one is the cause.
@@ -88,30 +88,38 @@ class RefineActor:
         return taken
 
     def metrics(self) -> dict[str, float]:
-        """`refine/generations` and `refine/failures` so far, and the last report's figures as `refine/...`."""
+        """`refine/generations` and `refine/failures` so far, and the last report's figures as `refine/...`, those of
+        external rows as `refine/external_...`."""
         return dict(self._metrics)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """`Refiner.state()`, of several shards each under its number; empty before the first generation."""
+    def begin(self) -> None:
+        """Take the bank as it is now as the frame that external rows are carried on from."""
         with self._lock:
-            parts = {self._prefix(shard): refiner.state() for shard, refiner in self._refiners.items()}
+            for shard, name in enumerate(self._banks):
+                self._refiners.pop((shard, "first"), None)
+                self._made(shard, "first").refine(ray.get(ray.get_actor(name).snapshot.remote()))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """`Refiner.state()` of each anchor, named by it; of several shards each under its number too."""
+        with self._lock:
+            parts = {self._prefix(*key): refiner.state() for key, refiner in self._refiners.items()}
         return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Continue from `state()`, after the generation in progress if there is one; an empty state begins anew."""
         with self._lock:
             self._refiners, self._samples, self._newest_steps = {}, {}, {}
-            for shard in range(len(self._banks)):
-                prefix = self._prefix(shard)
+            for shard, anchor in itertools.product(range(len(self._banks)), ANCHORS):
+                prefix = self._prefix(shard, anchor)
                 part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
                 if part:
-                    self._made(shard).load_state(part)
+                    self._made(shard, anchor).load_state(part)
 
-    def _prefix(self, shard: int) -> str:
-        return f"{shard}." if len(self._banks) > 1 else ""
+    def _prefix(self, shard: int, anchor: str) -> str:
+        return f"{shard}.{anchor}." if len(self._banks) > 1 else f"{anchor}."
 
-    def _made(self, shard: int) -> Refiner:
-        if shard not in self._refiners:
+    def _made(self, shard: int, anchor: str) -> Refiner:
+        if (shard, anchor) not in self._refiners:
             import torch
 
             from ask_dist.refine.refiner import Refiner
@@ -119,8 +127,13 @@ class RefineActor:
 
             torch.set_num_threads(1)
             settings = Settings(**self._settings)
-            self._refiners[shard] = Refiner(**self._refiner_arguments, settings=settings)  # type: ignore[arg-type]
-        return self._refiners[shard]
+            self._refiners[shard, anchor] = Refiner(
+                self._strategy,
+                anchor=anchor,
+                minimum_fresh=self._minimum_fresh,
+                settings=settings,  # type: ignore[arg-type]
+            )
+        return self._refiners[shard, anchor]
 
     def _loop(self) -> None:
         failures, turns = 0, itertools.cycle(reversed(range(len(self._banks))))
@@ -145,30 +158,41 @@ class RefineActor:
         if len(snapshot.ids) == 0 or snapshot.newest_step == self._newest_steps.get(shard):
             return
         with self._lock:
-            commit, report = self._refined(shard, snapshot)
-        if commit is not None:
+            commits, reports = self._refined(shard, snapshot)
+        for commit in commits:
             ray.get(bank.commit.remote(commit))
         self._newest_steps[shard] = snapshot.newest_step
         self._metrics["refine/generations"] += 1
-        if report is not None:
-            self._reports.append(asdict(report))
-            self._metrics |= {f"refine/{name}": float(value) for name, value in asdict(report).items()}
+        for anchor, report in reports.items():
+            if report is not None:
+                own, told = anchor == "generation", asdict(report)
+                if own:
+                    self._reports.append(told)
+                prefix = "refine/" if own else "refine/external_"
+                self._metrics |= {f"{prefix}{name}": float(value) for name, value in told.items()}
 
-    def _refined(self, shard: int, snapshot: Snapshot) -> tuple[Commit | None, RefineReport | None]:
-        """A generation of one shard; the first shard's brings prototypes of all."""
-        from ask_dist.refine.refiner import corrected_rows, generation, with_prototypes
+    def _refined(self, shard: int, snapshot: Snapshot) -> tuple[list[Commit], dict[str, RefineReport | None]]:
+        """A generation of one shard, its reports by anchor; the first shard's brings prototypes of all."""
+        from ask_dist.refine.refiner import PROTOTYPE_ROWS, refined, sampled_rows, with_prototypes
 
-        refiner, seed = self._made(shard), self._settings.get("seed", 0)
-        if len(self._banks) == 1:
-            return generation(refiner, snapshot, self._levels, seed)
-        commit, report = refiner.refine(snapshot)
-        chosen = np.random.default_rng(seed).permutation(len(snapshot.ids))[: PROTOTYPE_ROWS // len(self._banks)]
-        audio, text = corrected_rows(snapshot, commit)
-        self._samples[shard] = audio[chosen], text[chosen]
+        parts, seed = self._parts(shard, snapshot), self._settings.get("seed", 0)
+        commits, reports = refined(list(parts.values()), snapshot)
+        self._samples[shard] = sampled_rows(snapshot, commits, PROTOTYPE_ROWS // len(self._banks), seed)
         if shard == 0:
-            audio, text = (np.concatenate(parts) for parts in zip(*self._samples.values(), strict=True))
-            commit = with_prototypes(commit, snapshot, (audio, text), self._levels, seed)
-        return commit, report
+            audio, text = (np.concatenate(halves) for halves in zip(*self._samples.values(), strict=True))
+            commits = with_prototypes(commits, snapshot, (audio, text), self._levels, seed)
+        return commits, dict(zip(parts, reports, strict=True))
+
+    def _parts(self, shard: int, snapshot: Snapshot) -> dict[str, tuple[Refiner, np.ndarray]]:
+        """Each refiner of a shard and its rows, by anchor."""
+        external = snapshot.step == EXTERNAL
+        parts = {"generation": (self._made(shard, "generation"), np.flatnonzero(~external))}
+        if external.any():
+            first = self._made(shard, "first")
+            known = first.source_ids
+            rows = np.arange(len(external)) if known is None else np.flatnonzero(np.isin(snapshot.ids, known))
+            parts["first"] = (first, rows)
+        return parts
 
 
 RemoteRefineActor = ray.remote(max_concurrency=2, max_restarts=-1)(RefineActor)  # type: ignore[call-overload]

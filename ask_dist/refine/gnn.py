@@ -17,6 +17,7 @@ from ask_dist.bank.prototypes import unit_rows
 from ask_dist.refine.graph import edges, nearest, nearest_others
 from ask_dist.refine.strategies import (
     BATCH,
+    Move,
     NoChange,
     Scaled,
     Settings,
@@ -27,8 +28,6 @@ from ask_dist.refine.strategies import (
     train,
     zero,
 )
-
-APPLY_ROWS = 1024  # rows brought forward at a time: bounds the messages held at once
 
 
 class DriftNetwork(nn.Module):
@@ -74,20 +73,19 @@ class Gnn(NoChange):
         super().__init__(settings)
         self._net: DriftNetwork | None = None
 
-    def fit_apply(self, task: Task) -> np.ndarray:
+    def fit(self, task: Task) -> Move:
         move = linear_map(task)
         scaled = Scaled(task, move)
         net = self._net = self._net or self._new(scaled.dim)
         self._fit(net, scaled, nearest_others(task.known, self.settings.neighbours, self.settings.threads))
-        near = nearest(task.wanted, task.known, self.settings.neighbours, self.settings.threads)
-        targets, all_known = scaled.inputs(task.wanted), torch.ones(len(scaled.known), 1)
-        with torch.no_grad():
-            parts = [
-                scaled.unscale(_predict(net, scaled, all_known, targets[start : start + APPLY_ROWS], neighbours))
-                for start in range(0, len(near), APPLY_ROWS)
-                for neighbours in [near[start : start + APPLY_ROWS]]
-            ]
-        return unit_rows(move(task.wanted) + np.concatenate(parts)) if parts else unit_rows(task.wanted)
+        all_known = torch.ones(len(scaled.known), 1)
+
+        @torch.no_grad()
+        def moved(rows: np.ndarray) -> np.ndarray:
+            near = nearest(rows, task.known, self.settings.neighbours, self.settings.threads)
+            return unit_rows(move(rows) + scaled.unscale(_predict(net, scaled, all_known, scaled.inputs(rows), near)))
+
+        return moved
 
     def state(self) -> dict[str, np.ndarray]:
         return {} if self._net is None else {name: value.numpy() for name, value in self._net.state_dict().items()}

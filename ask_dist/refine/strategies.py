@@ -16,7 +16,6 @@ from ask_dist.refine.graph import nearest
 RIDGE = 0.1
 CENTRES = 512  # known rows that the kernel regression is written in
 JITTER = 1e-6
-APPLY_ROWS = 8192  # rows that the kernel is computed for at a time: bounds its memory
 BATCH = 256
 LEARNING_RATE = 5e-3
 WEIGHT_DECAY = 1e-2
@@ -41,17 +40,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows at their source frame, some of them known at a later one.
+    """Rows that are known at their source frame and at a later one.
 
     Attributes:
         known: float32 [m, d], rows that were re-encoded since, as they were at the source frame.
         fresh: float32 [m, d], the same rows as they are now.
-        wanted: float32 [n, d], other rows at the source frame, to be brought forward.
     """
 
     known: np.ndarray
     fresh: np.ndarray
-    wanted: np.ndarray
+
+
+# Other rows at the source frame, float32 [n, d], brought forward: float32 [n, d], unit length.
+Move = Callable[[np.ndarray], np.ndarray]
 
 
 class NoChange:
@@ -60,9 +61,9 @@ class NoChange:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def fit_apply(self, task: Task) -> np.ndarray:
-        """The wanted rows brought forward, float32 [n, d], unit length."""
-        return task.wanted
+    def fit(self, task: Task) -> Move:
+        """Learns how the known rows have drifted."""
+        return lambda rows: rows
 
     def state(self) -> dict[str, np.ndarray]:
         """What the next generation starts from."""
@@ -75,19 +76,23 @@ class NoChange:
 class Linear(NoChange):
     """One ridge regression of the drift on the row: with few known rows it shrinks to their mean drift."""
 
-    def fit_apply(self, task: Task) -> np.ndarray:
+    def fit(self, task: Task) -> Move:
         move = linear_map(task)
-        return unit_rows(move(task.wanted))
+        return lambda rows: unit_rows(move(rows))
 
 
 class KnnMean(NoChange):
     """The linear map, then the mean of what it left over at the nearest known rows."""
 
-    def fit_apply(self, task: Task) -> np.ndarray:
+    def fit(self, task: Task) -> Move:
         move = linear_map(task)
         left = task.fresh - move(task.known)
-        near = nearest(task.wanted, task.known, self.settings.neighbours, self.settings.threads)
-        return unit_rows(move(task.wanted) + left[near].mean(axis=1))
+
+        def moved(rows: np.ndarray) -> np.ndarray:
+            near = nearest(rows, task.known, self.settings.neighbours, self.settings.threads)
+            return unit_rows(move(rows) + left[near].mean(axis=1))
+
+        return moved
 
 
 class Kernel(NoChange):
@@ -98,7 +103,7 @@ class Kernel(NoChange):
     to this regression, while the wanted ones often are not.
     """
 
-    def fit_apply(self, task: Task) -> np.ndarray:
+    def fit(self, task: Task) -> Move:
         move = linear_map(task)
         order = np.random.default_rng(self.settings.seed).permutation(len(task.known))
         centres = task.known[order[:CENTRES]]
@@ -112,9 +117,7 @@ class Kernel(NoChange):
         known = known.astype(np.float64)
         gram = known.T @ known + RIDGE * among + JITTER * np.eye(len(centres))
         weight = np.linalg.solve(gram, known.T @ (task.fresh - move(task.known))).astype(np.float32)
-        starts = range(0, len(task.wanted), APPLY_ROWS)
-        parts = [kernel(task.wanted[start : start + APPLY_ROWS]) @ weight for start in starts]
-        return unit_rows(move(task.wanted) + np.concatenate([task.wanted[:0], *parts]))
+        return lambda rows: unit_rows(move(rows) + kernel(rows) @ weight)
 
 
 class Mlp(NoChange):
@@ -124,7 +127,7 @@ class Mlp(NoChange):
         super().__init__(settings)
         self._net: nn.Module | None = None
 
-    def fit_apply(self, task: Task) -> np.ndarray:
+    def fit(self, task: Task) -> Move:
         move = linear_map(task)
         scaled = Scaled(task, move)
         net = self._net = self._net or row_network(scaled.dim, self.settings)
@@ -139,8 +142,12 @@ class Mlp(NoChange):
             return nn.functional.mse_loss(net(scaled.known[held_out]), scaled.left[held_out])
 
         train(net, loss, check, self.settings.steps)
-        with torch.no_grad():
-            return unit_rows(move(task.wanted) + scaled.unscale(net(scaled.inputs(task.wanted))))
+
+        @torch.no_grad()
+        def moved(rows: np.ndarray) -> np.ndarray:
+            return unit_rows(move(rows) + scaled.unscale(net(scaled.inputs(rows))))
+
+        return moved
 
     def state(self) -> dict[str, np.ndarray]:
         return {} if self._net is None else {name: value.numpy() for name, value in self._net.state_dict().items()}
@@ -155,7 +162,7 @@ class Mlp(NoChange):
 class Scaled:
     """A task in units that suit a network: inputs and what the linear map leaves, each with a spread of 1."""
 
-    def __init__(self, task: Task, move: Callable[[np.ndarray], np.ndarray]) -> None:
+    def __init__(self, task: Task, move: Move) -> None:
         left = torch.from_numpy(task.fresh - move(task.known))
         self.dim = left.shape[1]
         self._input_scale = float(task.known.std()) + 1e-12
@@ -169,7 +176,7 @@ class Scaled:
         return (left * self._left_scale).numpy()
 
 
-def linear_map(task: Task) -> Callable[[np.ndarray], np.ndarray]:
+def linear_map(task: Task) -> Move:
     """x -> x + mean drift + (x - mean x) W, with W = (X'X + ridge)^-1 X'D of the centred rows X and drifts D = Y - X.
 
     The mean is free of the ridge: all rows share a good part of a drift, and a penalty on it costs more than it saves.

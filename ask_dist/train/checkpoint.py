@@ -56,9 +56,10 @@ class Manifest:
 def lineage(config: Config, data_fingerprint: str) -> str:
     """Digest of model, batch, objective, seed and training data: a checkpoint continues only a run that shares them.
 
-    What may change on resume (more epochs, other logging, another ZeRO stage, other actors' resources) is left out.
+    What may change on resume (more epochs, other logging, another ZeRO stage, other actors' resources) is left out, and
+    so is what the run once started from.
     """
-    tree = config.model_dump(mode="json", include={"model", "seed", "knowledge"})
+    tree = config.model_dump(mode="json", include={"model", "seed", "knowledge"}, exclude={"model": {"source"}})
     tree["global_batch_size"] = config.global_batch_size
     tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ from ask_dist.cluster import Actors
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
+from ask_dist.losses.reliability import UNKNOWN
 from ask_dist.train import checkpoint
 
 MINIMUM_ANSWERS = 50
@@ -72,6 +73,16 @@ class KnowledgeSource:
         """Sends the rows that this step encoded: int64 [n], float [n, dim] twice, float [n]."""
         rows = (tensor.detach().float().cpu().numpy() for tensor in (audio, text, reliability))
         self._client.upsert(ids.cpu().numpy(), *rows, global_step)
+
+    def put(self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, global_step: int) -> None:
+        """Rows of unknown reliability, as `upsert`, and waits until the bank has them."""
+        self._client.upsert(ids, audio, text, np.full(len(ids), UNKNOWN, np.float32), global_step)
+        self._client.wait()
+
+    def begin(self) -> None:
+        """Lets the refiner note the bank as it is: what it carries external rows on from."""
+        if self._actors.refiner is not None:
+            ray.get(self._actors.refiner.begin.remote())
 
     def metrics(self) -> dict[str, float]:
         """The client's counts, and the last metrics that the actors gave; asks them anew without waiting."""

@@ -31,9 +31,10 @@ from ask_dist.evaluate.drift import out_of_span_share
 from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
 from ask_dist.models.dual_encoder import Features, build_dual_encoder
+from ask_dist.models.saved import load_weights
 from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
-from ask_dist.train import checkpoint, finish
+from ask_dist.train import checkpoint, finish, start
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
 from ask_dist.train.tracking import MetricsLog, StageClock, last_time
@@ -111,6 +112,8 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     )
     total_steps = run_length(config, loader.steps_per_epoch)
     model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
+    if config.model.source is not None:
+        load_weights(model, config.model.source)
     actors = job["actors"]
     knowledge = KnowledgeSource(config, actors, device, rank) if actors.bank else None
     metrics = config.run_dir / "metrics.jsonl"
@@ -346,6 +349,8 @@ def resume(state: TrainState, checkpoint_path: str | None) -> None:
     elif state.rank == 0:
         load_actors(state.actors, None)
     dist.barrier()
+    if path is None and state.config.bank.source is not None:
+        start.encode_anchors(state)
 
 
 def load_checkpoint(state: TrainState, folder: Path) -> None:

@@ -27,6 +27,7 @@ from ask_dist.files import DISK_ERRORS, error_number, refusal, write_atomically,
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import checkpoint, loop
 from ask_dist.train.progress import live
+from ask_dist.train.start import check_start
 
 VOCABULARY_CAPTIONS = 50_000
 RAY_LIST = "checkpoint_manager_snapshot.json"
@@ -57,7 +58,7 @@ def train(
     os.environ["ASK_DIST_COMMAND"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with cluster.session(dashboard=config.cluster.dashboard):
         cluster.check_resources(config)
-        actors = cluster.start_actors(config)
+        actors = cluster.start_actors(config, steps_per_epoch(config, shards["train"]))
         try:
             fit(config, actors, shards["train"], console, found)
         except SystemExit:  # what Ray Train makes of Ctrl-C
@@ -68,7 +69,9 @@ def train(
 
 
 def check_data(config: Config) -> dict[str, ShardList]:
-    """The shard lists, or InputError when a split is missing or has fewer shards than workers."""
+    """The shard lists, or InputError when a split is missing or has fewer shards than workers, or when the run can't
+    start from what it names."""
+    check_start(config)
     shards = loop.load_shards(config)
     workers, count = config.cluster.num_workers, len(shards["train"].paths)
     if count < workers:
@@ -103,14 +106,20 @@ def prepare_folder(
     for problem in damage:
         console.print(f"[yellow]warning:[/] {escape(problem)}; going on from {found}", highlight=False, soft_wrap=True)
     vocabulary = folder / "model" / Vocabulary.FILE
-    learned = None
-    if not vocabulary.is_file():
-        learned = Vocabulary.train(captions(train_shards, VOCABULARY_CAPTIONS), config.model.text.vocabulary)
+    tokenizer = None if vocabulary.is_file() else _tokenizer(config, train_shards)
     with writing(folder):
         write_atomically(folder / "config.yaml", configuration.dump(config).encode())
-        if learned is not None:
-            write_atomically(vocabulary, learned.tokenizer.to_str().encode())
+        if tokenizer is not None:
+            write_atomically(vocabulary, tokenizer)
     return found
+
+
+def _tokenizer(config: Config, train_shards: ShardList) -> bytes:
+    """The file of the run's tokenizer: of the run that it starts from, or learned from the training captions."""
+    if config.model.source is not None:
+        return (config.model.source / "model" / Vocabulary.FILE).read_bytes()
+    learned = Vocabulary.train(captions(train_shards, VOCABULARY_CAPTIONS), config.model.text.vocabulary)
+    return learned.tokenizer.to_str().encode()
 
 
 class EndAtInputError(UserCallback):

@@ -140,7 +140,7 @@ def run_trial(sample: dict[str, Any], *, sweep: dict[str, Any], working_dir: str
     shards = run.check_data(config)
     console = Console(quiet=True)
     run.prepare_folder(config, shards["train"], console, resume=True, overwrite=False)
-    actors = cluster.start_actors(config)
+    actors = cluster.start_actors(config, run.steps_per_epoch(config, shards["train"]))
     try:
         run.fit(config, actors, shards["train"], console, callbacks=[TuneReportCallback()])
     finally:

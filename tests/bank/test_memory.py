@@ -98,6 +98,7 @@ def test_untrusted_and_old_rows_stay_out_of_answers(rng):
     bank.upsert(ids[:100], audio[:100], text[:100], np.full(100, 0.4, np.float32), step=20)
     bank.upsert(ids[100:200], audio[100:200], text[100:200], None, step=15)
     answered = set(bank.search_ids(ids[150:250], 300).ids.tolist())
+    assert bank.metrics()["bank/too_old_share"] == pytest.approx(1 / 3)
     assert answered == set(ids[100:150].tolist())  # the first hundred are doubted, the last hundred are 20 steps old
 
 
@@ -440,3 +441,28 @@ def test_searches_and_writes_go_on_while_inverted_files_are_built(kind):
     for modality in ("audio", "text"):
         scores, _ = bank.search(state[modality][:50], 1, modality)
         np.testing.assert_allclose(scores, exact.search(state[modality][:50], 1, modality)[0], atol=1e-4)
+
+
+def test_a_text_alone_is_found_by_text_and_never_by_audio(rng):
+    bank, ids, audio, _ = filled_bank(rng)
+    alone = np.arange(6000, 6200)
+    bank.upsert(alone, np.zeros((200, DIM)), unit(rng, 200), None, step=0)
+    whole = bank.snapshot()
+    chosen = ids[:20]
+    by_text = neighbours_by_sorting(whole.ids, whole.text, whole.text, set(chosen.tolist()), 4)
+    by_audio = neighbours_by_sorting(ids, audio, audio, set(chosen.tolist()), 4)
+    found = bank.search_ids(chosen, 4)
+    assert set(found.ids.tolist()) == by_text | by_audio
+    assert set(found.ids.tolist()) & set(alone.tolist())
+    given = np.isin(found.ids, alone)
+    np.testing.assert_array_equal(found.audio[given], 0)
+    assert (np.abs(found.audio[~given]).sum(axis=1) > 0).all()
+    scores, nearest = bank.search(audio[:3], 500, "audio")
+    assert set(nearest[0, :300].tolist()) == set(ids.tolist())
+    assert np.isneginf(scores[:, 300:]).all()
+    assert (np.diff(scores[:, :300], axis=1) <= 0).all()
+    again = KnowledgeBank.from_state(bank.state(), dim=DIM, capacity=1000)
+    assert set(again.search_ids(chosen, 4).ids.tolist()) <= by_text | by_audio
+    assert set(bank.search_ids(alone[:5], 3).ids.tolist()) == neighbours_by_sorting(
+        whole.ids, whole.text, whole.text, set(alone[:5].tolist()), 3
+    )

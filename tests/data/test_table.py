@@ -6,7 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from ask_dist.data.table import read_table
+from ask_dist.data.table import read_captions, read_table
 from ask_dist.errors import InputError
 
 
@@ -103,3 +103,30 @@ def test_parquet_holds_what_csv_holds_and_lists_and_is_spared_its_audio(tmp_path
 def test_urls_are_left_as_they_are(tmp_path: Path) -> None:
     path = table(tmp_path, "t.csv", "url,caption\nhttps://host//a/../x.wav?y=1,one\n s3://bucket/y.flac ,two\n")
     assert [row.audio for row in read_table(path, "url")] == ["https://host//a/../x.wav?y=1", "s3://bucket/y.flac"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.txt", "\ufeffa dog\n\n  rain \na dog\nwind\u2028and rain\n"),
+        ("t.csv", 'id,caption_1,caption_2\n1,a dog,rain\n2,a dog,"wind\u2028and rain"\n'),
+        ("t.jsonl", '{"captions": ["a dog", "rain"]}\n{"caption": "wind\\u2028and rain", "other": "no"}\n'),
+    ],
+)
+def test_captions_alone_are_taken_from_each_kind_of_file_once(tmp_path: Path, name: str, text: str) -> None:
+    assert read_captions(table(tmp_path, name, text)) == ["a dog", "rain", "wind\u2028and rain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("t.txt", "\n \n", "holds no caption"),
+        ("t.csv", "audio\nx.wav\n", "holds no caption"),
+        ("t.xlsx", "", "is neither"),
+    ],
+)
+def test_a_file_without_captions_is_refused(tmp_path: Path, name: str, text: str, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        read_captions(table(tmp_path, name, text))
+    with pytest.raises(InputError, match=r"is no readable UTF-8 text"):
+        read_captions(tmp_path / "missing.txt")

@@ -12,57 +12,26 @@ import torch
 import yaml
 from rich.console import Console
 
-from ask_dist import config as configuration
 from ask_dist.bank import store
-from ask_dist.config import Config
-from ask_dist.data.captions import captions
 from ask_dist.data.pack import write_shards
 from ask_dist.data.samples import open_clip, read_shard
 from ask_dist.data.shards import Clip, ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate import external
-from ask_dist.files import write_atomically
-from ask_dist.models.dual_encoder import build_dual_encoder
-from ask_dist.models.saved import load_model, save_model
-from ask_dist.models.text import Vocabulary
+from ask_dist.models.saved import load_model
+from tests.finished_run import RATE, noise_corpus, untrained_run
 
-RATE, CLIPS = 16000, 30
+CLIPS = 30
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus") / "train"
-    rng = np.random.default_rng(0)
-    sounds = [
-        Clip(
-            key=f"clip-{number:02d}",
-            audio=rng.normal(scale=0.1, size=RATE // 2).astype(np.float32),
-            sample_rate=RATE,
-            captions=(f"noise number {number}", f"the\u2028noise {number}")[: 1 + number % 2],
-            classes=(),
-        )
-        for number in range(CLIPS)
-    ]
-    write_shards(sounds, folder, "train", clips_per_shard=10)
-    return folder
+    return noise_corpus(tmp_path_factory.mktemp("corpus") / "train", CLIPS)
 
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a finished run leaves of its model, without the training."""
-    folder = tmp_path_factory.mktemp("runs") / "noise"
-    tree = {
-        "name": "noise",
-        "data": {"train": str(corpus), "clip_seconds": 0.5},
-        "model": {"embedding_dim": 32, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
-        "optimization": {"micro_batch_size": 8},
-    }
-    config: Config = configuration.parse(tree)
-    torch.manual_seed(0)
-    vocabulary = Vocabulary.train(captions(ShardList.load(corpus), 1000), config.model.text.vocabulary)
-    save_model(folder / "model", build_dual_encoder(config.model, config.data.sample_rate, vocabulary))
-    write_atomically(folder / "config.yaml", configuration.dump(config).encode())
-    return folder
+    return untrained_run(tmp_path_factory.mktemp("runs") / "noise", corpus)
 
 
 @pytest.fixture
@@ -179,3 +148,23 @@ def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console
 def sounds_of(corpus: Path, *keys: str) -> list[tuple[str, np.ndarray]]:
     raws = (raw for path in ShardList.load(corpus).paths for raw in read_shard(path, 0, 10))
     return [(raw.key, open_clip(raw, RATE)[0]) for raw in raws if raw.key in keys]
+
+
+def test_captions_become_rows_without_audio(run, tmp_path, console, monkeypatch):
+    monkeypatch.setattr(external, "PART", 3)
+    monkeypatch.setattr(external, "TEXTS", 2)
+    written, bank = tmp_path / "captions.txt", tmp_path / "bank"
+    written.write_text("\n".join(f"noise number {number % 8}" for number in range(12)))
+    external.build(run, written, bank, console)
+    state = store.load(bank)
+    np.testing.assert_array_equal(state["audio"], 0.0)
+    assert set(state["ids"].tolist()) == {stable_id(f"caption:noise number {number}") for number in range(8)}
+    _, model = load_model(run)
+    with torch.no_grad():
+        wanted = model.encode_text(model.text.tokenize(["noise number 5"]))[0]
+    row = state["ids"].tolist().index(stable_id("caption:noise number 5"))
+    np.testing.assert_allclose(state["text"][row].astype(np.float32), wanted.numpy(), atol=2e-3)
+    external.search(bank, run, "noise number 4", None, 1, "text", console)
+    assert "captions.txt: caption:noise number 4" in console.export_text()
+    with pytest.raises(InputError, match="holds captions alone"):
+        external.search(bank, run, "noise number 4", None, 1, "audio", console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,13 @@ def bank_rows(rows: int = 12, local: int = 6) -> Neighbours:
     )
 
 
+def with_texts_alone(known: Neighbours, count: int) -> Neighbours:
+    """The first rows lose their audio, and their pairs were never measured."""
+    audio, reliability = known.audio.clone(), known.reliability.clone()
+    audio[:count], reliability[:count] = 0.0, -1.0
+    return replace(known, audio=audio, reliability=reliability)
+
+
 def run(knowledge: Knowledge, neighbours: Neighbours | None, **arguments: Any) -> ObjectiveOutput:
     objective = AskObjective(knowledge, HALF_LIFE)
     return objective(unit(6, 5), unit(6, 6), torch.tensor(4.0), IDS, VALID, neighbours, **arguments)
@@ -54,7 +62,9 @@ def divergence(p: list[float], q: list[float]) -> float:
     return total
 
 
-def agreement(query_a: Tensor, query_t: Tensor, audio: Tensor, text: Tensor, temperature: float) -> float:
+def agreement(
+    query_a: Tensor, query_t: Tensor, audio: Sequence[Tensor], text: Sequence[Tensor], temperature: float
+) -> float:
     parts = []
     for rows in (audio, text):
         by_query = [softmax([float(query @ row) / temperature for row in rows]) for query in (query_a, query_t)]
@@ -69,7 +79,8 @@ def slow_weights(trust: Reliability, known: Neighbours) -> list[float]:
         trust.momentum * float(b) + (1 - trust.momentum) * float(r)
         for b, r in zip(known.own_reliability, now, strict=True)
     ]
-    share = 2 * sum(1 - float(r) for r in known.reliability) / len(known)
+    measured = [float(r) for r in known.reliability if r >= 0]
+    share = 2 * sum(1 - r for r in measured) / len(measured)
     return [r ** (trust.gamma * share * (1 - share)) for r in mean]
 
 
@@ -90,6 +101,7 @@ def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> di
             0.5 ** (max(0.0, float(known.age[j] - known.own_age[i])) / HALF_LIFE)
             * math.exp(scale * float(queries[i] @ bank[j]))
             for j in range(len(known))
+            if bank[j].any()  # a text alone is nothing that a text could be compared with
         )
         share = knowledge.contrast_weight
         return (1 - share) * plain + share * (math.log(math.exp(stored) + outside) - stored)
@@ -100,7 +112,8 @@ def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> di
         both = contrast(i, audio, text, known.own_text, known.text)
         both += contrast(i, text, audio, known.own_audio, known.audio)
         terms["contrast"] += weights[i] * both / 2 / len(rows)
-        fine = agreement(audio[i], text[i], known.audio, known.text, temperature)
+        heard = [row for row in known.audio if row.any()]
+        fine = agreement(audio[i], text[i], heard, known.text, temperature)
         terms["consistency"] += knowledge.consistency_weight * weights[i] * fine / len(rows)
         coarse = agreement(audio[i], text[i], coarse_audio, coarse_text, temperature)
         terms["coarse"] += knowledge.coarse_weight * weights[i] * coarse / len(rows)
@@ -109,10 +122,12 @@ def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> di
 
 @pytest.mark.parametrize("contrast_weight", [1.0, 0.3])
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_agrees_with_a_loop_over_pairs(contrast_weight, gamma):
+@pytest.mark.parametrize("texts", [0, 5])
+def test_agrees_with_a_loop_over_pairs(contrast_weight, gamma, texts):
     trust = Reliability(start=0.0, rank=4, gamma=gamma)
     knowledge = Knowledge(start=0.0, temperature=0.2, contrast_weight=contrast_weight, reliability=trust)
-    output, wanted = run(knowledge, bank_rows()), slow_loss(knowledge, bank_rows())
+    known = with_texts_alone(bank_rows(), texts)
+    output, wanted = run(knowledge, known), slow_loss(knowledge, known)
     assert output.knowledge_used
     assert {name: float(term) for name, term in output.terms.items()} == pytest.approx(wanted, rel=1e-6)
     assert output.loss.item() == pytest.approx(sum(wanted.values()), rel=1e-6)
@@ -125,6 +140,17 @@ def test_reliability_is_told_for_every_local_pair():
     assert run(Knowledge(reliability=ALWAYS), None).reliability.tolist() == [-1.0] * 6
     fewer_rows_than_rank = replace(bank_rows(31), own_reliability=torch.full((6,), -1.0))
     assert run(Knowledge(), fewer_rows_than_rank).reliability.tolist() == [-1.0] * 6
+
+
+def test_texts_alone_have_no_say_in_what_is_compared_by_audio():
+    known = with_texts_alone(bank_rows(), 5)
+    assert len(known.paired) == 7
+    knowledge = Knowledge(start=0.0, reliability=ALWAYS)
+    assert run(knowledge, known).reliability.equal(run(knowledge, known.paired).reliability)
+    output = run(knowledge, with_texts_alone(bank_rows(), 12))
+    assert torch.isfinite(output.loss)
+    assert output.knowledge_used
+    assert (output.reliability == bank_rows().own_reliability).all()  # too few rows to tell: what was known before
 
 
 def test_encoders_that_make_every_pair_look_wrong_leave_all_pairs_their_weight():

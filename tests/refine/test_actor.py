@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import numpy as np
@@ -9,6 +11,10 @@ import pytest
 import ray
 
 from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import EXTERNAL
+from ask_dist.bank.store import save
+from ask_dist.evaluate.drift import mean_drift
 from ask_dist.refine.actor import MAX_FAILURES, RemoteRefineActor
 
 pytestmark = pytest.mark.ray
@@ -60,7 +66,7 @@ def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, d
     assert [len(level) for level, _ in prototypes.levels] == [4, 16]
     assert ray.get(refiner.metrics.remote())["refine/drift_after_audio"] == reports[0]["drift_after_audio"]
     state = ray.get(refiner.state.remote())
-    assert "source.audio.values" in state
+    assert "generation.source.audio.values" in state
     ray.get(refiner.load_state.remote(state))
 
     ray.kill(bank, no_restart=False)
@@ -78,6 +84,80 @@ def test_failures_in_a_row_end_it_visibly(start):
     wait_for(lambda: ray.get(refiner.metrics.remote())["refine/failures"] == MAX_FAILURES)
     with pytest.raises(RuntimeError, match="gave up after 5 failures in a row"):
         ray.get(refiner.reports.remote())
+
+
+def test_killed_in_a_generation_it_leaves_none_half_done_and_goes_on(start, rows, drift):
+    audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
+    bank = start(RemoteBankActor, name="bank-c", neighbours=4, dim=audio.shape[1], capacity=ROWS)
+    ray.get(bank.upsert.remote(ids, audio, text, None, 0))
+    refiner = start(RemoteRefineActor, ["bank-c"], prototypes=[4], interval=0.0, cpu_share=1.0, strategy="linear")
+    wait_for(lambda: ray.get(refiner.metrics.remote())["refine/generations"])
+    for step in range(1, 4):
+        ray.get(
+            bank.upsert.remote(ids[:300], drift(audio, 0.2 * step)[:300], drift(text, 0.2 * step)[:300], None, step)
+        )
+        time.sleep(0.02 * step)  # somewhere in a generation, or between two
+        os.kill(_pid(refiner), signal.SIGKILL)
+        now = ray.get(bank.snapshot.remote())
+        assert len(set(now.frame[300:].tolist())) == 1  # all of a commit, or none of it
+        wait_for(lambda: _if_up(lambda: ray.get(refiner.metrics.remote())["refine/generations"]))
+    before = ray.get(bank.metrics.remote())["bank/generation"]
+    ray.get(bank.upsert.remote(ids[:300], drift(audio)[:300], drift(text)[:300], None, 9))
+    wait_for(lambda: ray.get(bank.metrics.remote())["bank/generation"] > before)
+    wait_for(lambda: ray.get(bank.metrics.remote())["bank/staleness"] == 0)
+
+
+def test_hanging_it_holds_nobody_up_and_metrics_show_it(start, rows):
+    audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
+    bank = start(RemoteBankActor, name="bank-d", neighbours=4, dim=audio.shape[1], capacity=ROWS)
+    refiner = start(RemoteRefineActor, ["bank-d"], interval=0.0, cpu_share=1.0, strategy="linear")
+    ray.get(bank.upsert.remote(ids, audio, text, None, 0))
+    wait_for(lambda: ray.get(bank.metrics.remote())["bank/generation"])
+    process = _pid(refiner)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        shown = [ray.get(bank.metrics.remote())["bank/seconds_since_commit"]]
+        for step in range(1, 4):
+            ray.get(bank.upsert.remote(ids[:300], audio[:300], text[:300], None, step))
+            assert len(ray.get(bank.search_ids.remote(ids[:4])).ids)
+            shown.append(ray.get(bank.metrics.remote())["bank/seconds_since_commit"])
+        assert shown == sorted(shown)
+        assert ray.get(bank.metrics.remote())["bank/staleness"] == 3 * 100 / ROWS
+    finally:
+        os.kill(process, signal.SIGCONT)
+    wait_for(lambda: ray.get(bank.metrics.remote())["bank/staleness"] == 0)
+
+
+def test_external_rows_go_on_from_where_the_run_began(start, rows, drift, tmp_path):
+    audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
+    encoded = KnowledgeBank(audio.shape[1], ROWS)
+    encoded.upsert(ids[300:], audio[300:], text[300:], None, 0)
+    weights = "0" * 64
+    save(tmp_path, encoded.state(), weights=weights)
+    settings = {"neighbours": 4, "dim": audio.shape[1], "capacity": ROWS}
+    bank = start(RemoteBankActor, name="bank-e", begins_with=(str(tmp_path), weights, 0, 1), **settings)
+    refiner = start(RemoteRefineActor, ["bank-e"], prototypes=[4], interval=0.0, cpu_share=1.0, strategy="linear")
+    ray.get(bank.upsert.remote(ids[:300], audio[:300], text[:300], None, 0))
+    ray.get(refiner.begin.remote())
+    ray.get(bank.upsert.remote(ids[:300], drift(audio)[:300], drift(text)[:300], None, 5))
+    wait_for(lambda: ray.get(refiner.metrics.remote()).get("refine/external_stale"))
+    now = ray.get(bank.snapshot.remote())
+    rest = np.isin(now.ids, ids[300:])
+    assert set(now.step[rest].tolist()) == {EXTERNAL}
+    wanted = drift(audio)[now.ids[rest]]
+    assert mean_drift(now.audio[rest], wanted) < 0.5 * mean_drift(audio[now.ids[rest]], wanted)
+    state = ray.get(refiner.state.remote())
+    ray.get(refiner.load_state.remote(state))
+    assert {name.partition(".")[0] for name in state} == {"first", "generation"}
+
+    ray.get(bank.load.remote([]))
+    assert ray.get(bank.metrics.remote())["bank/external_rows"] == ROWS - 300
+    ray.kill(bank, no_restart=False)
+    wait_for(lambda: _if_up(lambda: ray.get(bank.ping.remote()) == ROWS - 300))
+
+
+def _pid(actor):
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
 def _if_up(call):

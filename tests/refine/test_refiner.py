@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import EXTERNAL
 from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import mean_drift
-from ask_dist.refine.refiner import STRATEGIES, Refiner, corrected_rows
+from ask_dist.refine.refiner import STRATEGIES, Refiner, corrected_rows, generation
 from ask_dist.refine.strategies import Settings
 
 ROWS = 900
@@ -70,10 +74,10 @@ def test_generations_chain(run):
     refiner = Refiner("gnn", settings=QUICK)
     refiner.refine(run.bank.snapshot())
     untouched = run.ids[600:]
-    for generation in range(1, 6):
+    for number in range(1, 6):
         run.reencode(300, within=600)
         commit, report = refiner.refine(run.bank.snapshot())
-        assert run.bank.commit(commit).generation == report.generation == generation
+        assert run.bank.commit(commit).generation == report.generation == number
     assert run.drift_of(untouched) < 0.3 * mean_drift(run.first[untouched], run.audio[untouched])
     assert run.bank.metrics()["bank/staleness"] == 0
 
@@ -182,12 +186,88 @@ def test_corrected_rows_are_what_the_bank_then_holds(run):
     snapshot = run.bank.snapshot()
     commit, _ = refiner.refine(snapshot)
     run.bank.commit(commit)
-    audio, text = corrected_rows(snapshot, commit)
+    audio, text = corrected_rows(snapshot, [commit], run.ids)
     np.testing.assert_allclose(audio, run.bank.snapshot().audio, atol=1e-3)
     np.testing.assert_allclose(text, run.bank.snapshot().text, atol=1e-3)
-    np.testing.assert_array_equal(corrected_rows(snapshot, None)[0], snapshot.audio.astype(np.float32))
+    np.testing.assert_array_equal(corrected_rows(snapshot, [], run.ids)[0], snapshot.audio.astype(np.float32))
+
+
+MEASURED = """
+import resource, sys
+import numpy as np
+from ask_dist.bank.messages import Snapshot
+from ask_dist.refine.refiner import Refiner, generation
+
+ROWS, DIM = int(sys.argv[1]), 256
+rng = np.random.default_rng(0)
+audio, text = (rng.standard_normal((2, ROWS, DIM), np.float32) / 16).astype(np.float16)
+ids, zeros = np.arange(ROWS), np.zeros(ROWS, np.int64)
+
+def snapshot(step):
+    steps = zeros.copy()
+    steps[: ROWS // 10] = step
+    moved = [audio.copy(), text.copy()]
+    for half in moved:
+        half[: ROWS // 10] += np.float16(0.01 * step)
+    return Snapshot(ids, *moved, steps, zeros.copy(), zeros, zeros.astype(np.float32), 0, step)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+refiner = Refiner("kernel")
+generation([(refiner, None)], snapshot(0), [32], 0)
+before = peak()
+commits, reports = generation([(refiner, None)], snapshot(1), [32], 0)
+assert len(commits[0].ids) == ROWS - ROWS // 10, reports
+print(peak() - before, audio.nbytes + text.nbytes)
+"""
+
+
+def test_memory_of_a_generation_follows_the_bank_in_float16():
+    """A new snapshot, the next source and the commit, each as large as the rows are in float16; nothing in float32."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "100000"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    taken, rows = map(int, done.stdout.split())
+    assert taken < 4 * rows + 100 * 2**20  # and the work on a part and on the known rows
 
 
 def test_an_unknown_strategy_is_an_input_error():
     with pytest.raises(InputError, match="choose one of none, linear"):
         Refiner("magic")
+
+
+def test_external_rows_are_corrected_and_a_missing_half_stays_missing(run, rows):
+    """Rows of another corpus, some of them texts alone, beside a run's own; by both refiners of an actor."""
+    corpus, alone = run.ids[600:], run.ids[800:]
+    run.audio[alone] = 0.0
+    state = KnowledgeBank(run.audio.shape[1], ROWS)
+    state.upsert(run.ids, run.audio, run.text, None, 0)
+    told = state.state()
+    told["step"][corpus] = EXTERNAL
+    run.bank = KnowledgeBank.from_state(told, dim=run.audio.shape[1], capacity=ROWS)
+    text, audio = run.text.copy(), run.audio.copy()
+    trained, external = Refiner("linear", settings=QUICK), Refiner("linear", anchor="first", settings=QUICK)
+    external.refine(run.bank.snapshot())
+    for _ in range(4):
+        run.reencode(300, within=600)
+        run.audio[alone] = 0.0
+        snapshot = run.bank.snapshot()
+        parts = [(trained, np.flatnonzero(snapshot.step != EXTERNAL)), (external, None)]
+        commits, reports = generation(parts, snapshot, [8], seed=0)
+        for commit in commits:
+            run.bank.commit(commit)
+    assert reports[1].stale >= len(corpus)  # and rows of the run that nobody has re-encoded since
+    now = run.bank.snapshot()
+    assert set(now.step[corpus].tolist()) == {EXTERNAL}
+    assert mean_drift(now.text[corpus], run.text[corpus]) < 0.3 * mean_drift(text[corpus], run.text[corpus])
+    heard = np.setdiff1d(corpus, alone)
+    assert mean_drift(now.audio[heard], run.audio[heard]) < 0.3 * mean_drift(audio[heard], run.audio[heard])
+    np.testing.assert_array_equal(now.audio[alone], 0.0)
+    np.testing.assert_allclose(np.linalg.norm(now.audio[heard].astype(np.float32), axis=1), 1.0, atol=1e-2)
+    (level,) = commits[-1].prototypes
+    np.testing.assert_allclose(np.linalg.norm(level[0].astype(np.float32), axis=1), 1.0, atol=1e-2)

@@ -1,0 +1,76 @@
+"""What a run starts from beside its shards: the weights of a finished run, and external rows that these encoded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from ask_dist.bank import external
+from ask_dist.config import Config
+from ask_dist.errors import InputError
+from ask_dist.evaluate.encode import encode, paired_rows
+from ask_dist.models import saved
+
+if TYPE_CHECKING:
+    from ask_dist.train.loop import TrainState
+
+# What the weights do not depend on. The tokenizer, which comes with them, is as large as it is; and where the encoders of
+# that run came from is no matter once they are trained.
+MAY_DIFFER = {
+    "source": True,
+    "dropout": True,
+    "logit_scale_init": True,
+    "logit_scale_max": True,
+    "audio": {"source", "freeze"},
+    "text": {"source", "freeze", "vocabulary"},
+}
+ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
+
+
+def check_start(config: Config) -> None:
+    """Refuses weights and banks that the run can't start from.
+
+    Raises:
+        InputError: `model.from` is no other finished run, or one of another architecture; `bank.from` is no bank, or
+            not one that these weights encoded, or does not fit.
+    """
+    if config.model.source is None:
+        return
+    if config.model.source.resolve() == config.run_dir.resolve():
+        raise InputError(f"model.from={config.model.source} is this very run; choose another name=")
+    other = saved.load_config(config.model.source)
+    asked = _shape(config)
+    for key, value in _shape(other).items():
+        if asked[key] != value:
+            source = config.model.source
+            raise InputError(f"{key} is {asked[key]}, but model.from={source} was trained with {value}: set that")
+    if config.bank.source is not None:
+        state = external.load(config.bank.source, saved.digest(config.model.source), config.model.embedding_dim)
+        rows, capacity = len(state["ids"]), config.bank.capacity
+        if rows > capacity:
+            raise InputError(f"bank.from={config.bank.source} holds {rows} rows, bank.capacity is {capacity}; raise it")
+
+
+def encode_anchors(state: TrainState) -> None:
+    """Puts rows of training clips by the starting weights into the bank, and lets the refiner note them. A collective.
+
+    External rows are right at step 0. Only rows that are known then and later tell how they have drifted since.
+    """
+    shards = state.shards["train"]
+    part = encode(state.engine.whole(), shards, state.config, state.rank, state.world_size, limit=ANCHORS)
+    if state.knowledge is not None:
+        state.knowledge.put(*paired_rows(part), global_step=0)
+    dist.barrier()
+    if state.rank == 0 and state.knowledge is not None:
+        state.knowledge.begin()
+    dist.barrier()
+
+
+def _shape(config: Config) -> dict[str, object]:
+    """The settings that the weights depend on, by their names in a configuration."""
+    flat: dict[str, object] = {"data.sample_rate": config.data.sample_rate}
+    for name, value in config.model.model_dump(mode="json", exclude=MAY_DIFFER).items():  # type: ignore[arg-type]
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"model.{name}.{key}".rstrip("."): setting for key, setting in inner.items()}
+    return flat

@@ -1,0 +1,109 @@
+"""What a run may start from: weights that fit, and a bank that these very weights encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ask_dist import config as configuration
+from ask_dist.bank import external
+from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import EXTERNAL
+from ask_dist.errors import InputError
+from ask_dist.evaluate.external import build
+from ask_dist.models.saved import digest, load_model, load_weights
+from ask_dist.train.start import check_start
+from tests.finished_run import noise_corpus, untrained_run
+
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return noise_corpus(tmp_path_factory.mktemp("corpus") / "train", CLIPS)
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untrained_run(tmp_path_factory.mktemp("runs") / "noise", corpus)
+
+
+@pytest.fixture(scope="module")
+def bank(corpus: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("banks") / "noise"
+    build(run, corpus, folder, Console(quiet=True))
+    return folder
+
+
+def check(run: Path, bank: Path | None, *overrides: str) -> None:
+    given = [f"model.from={run}", *([f"bank.from={bank}"] if bank else []), *overrides]
+    check_start(configuration.load(run / "config.yaml", given))
+
+
+def test_a_run_may_start_from_weights_and_the_bank_that_they_encoded(run, bank, tmp_path):
+    check(run, None)
+    check(run, bank, "model.dropout=0.3", "model.text.vocabulary=50")
+    config = configuration.load(run / "config.yaml", [f"model.from={run}", f"bank.from={bank}"])
+    (tmp_path / "again.yaml").write_text(configuration.dump(config))
+    assert configuration.load(tmp_path / "again.yaml").anchored() == config.anchored()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.embedding_dim=16", r"^model\.embedding_dim is 16, but model\.from=.* was trained with 32: set that$"),
+        ("model.text.heads=4", r"^model\.text\.heads is 4, but"),
+        ("data.sample_rate=8000", r"^data\.sample_rate is 8000, but"),
+        ("bank.capacity=11", r"holds 12 rows, bank\.capacity is 11; raise it$"),
+    ],
+)
+def test_what_does_not_fit_is_named(run, bank, override, line):
+    with pytest.raises(InputError, match=line):
+        check(run, bank, override)
+
+
+def test_rows_of_other_weights_are_refused(corpus, run, bank, tmp_path):
+    other = untrained_run(tmp_path / "other", corpus, seed=1)
+    assert digest(other) != digest(run)
+    with pytest.raises(InputError, match=r"was not encoded by the weights of model\.from") as error:
+        check(other, bank)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"bank\.from=.* set model\.from=RUN"):
+        configuration.load(run / "config.yaml", [f"bank.from={bank}"])
+    with pytest.raises(InputError, match=r"knowledge\.enabled is false"):
+        check(run, bank, "knowledge.enabled=false")
+    with pytest.raises(InputError, match="holds no finished run"):
+        check(run, bank, f"model.from={tmp_path}")
+    with pytest.raises(InputError, match="is this very run"):
+        check(run, bank, f"output_dir={run.parent}")
+    with pytest.raises(InputError, match="holds no readable bank"):
+        check(run, tmp_path)
+
+
+def test_external_rows_are_right_at_step_0_until_training_takes_them_over(run, bank):
+    size = {"dim": 32, "capacity": CLIPS}
+    held = KnowledgeBank.from_state(external.load(bank, digest(run), 32), **size)
+    now = held.snapshot()
+    assert set(now.step.tolist()) == {EXTERNAL}
+    assert set(now.frame.tolist()) == {0}
+    assert set(now.reliability.tolist()) == {-1.0}
+    told = held.metrics()
+    assert (told["bank/rows"], told["bank/external_rows"], told["bank/external_share"]) == (CLIPS, CLIPS, 0.0)
+    taken = now.ids[:4]
+    held.upsert(taken, now.text[:4], now.text[:4], None, step=0)
+    held.search_ids(taken, k=2)
+    told = held.metrics()
+    assert told["bank/external_rows"] == CLIPS - 4
+    assert told["bank/external_share"] == 1.0
+    np.testing.assert_array_equal(held.snapshot().audio[:4], now.text[:4])
+
+
+def test_the_weights_of_one_run_are_those_another_starts_with(corpus, run, tmp_path):
+    _, model = load_model(untrained_run(tmp_path / "other", corpus, seed=1))
+    _, wanted = load_model(run)
+    load_weights(model, run)
+    for (name, value), expected in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert value.equal(expected), name
