@@ -65,7 +65,7 @@ def load_weights(model: DualEncoder, run_dir: Path) -> None:
         InputError: they do not fit.
     """
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(load_file(run_dir / "model" / WEIGHTS))
     except Exception as error:  # safetensors and torch each raise types of their own
         raise InputError(f"{run_dir}/model/{WEIGHTS} does not fit config.yaml: {str(error).splitlines()[0]}") from None
 

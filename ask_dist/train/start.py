@@ -15,8 +15,8 @@ from ask_dist.models import saved
 if TYPE_CHECKING:
     from ask_dist.train.loop import TrainState
 
-# What the weights do not depend on. The tokenizer, which comes with them, is as large as it is; and where the encoders of
-# that run came from is no matter once they are trained.
+# What the weights do not depend on. The tokenizer, which comes with them, is as large as it is; where the encoders came
+# from does not matter any more.
 MAY_DIFFER = {
     "source": True,
     "dropout": True,
