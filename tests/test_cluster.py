@@ -27,7 +27,7 @@ nodes.add_node(num_cpus=2)
 ray.init(address=nodes.address, log_to_driver=False)
 run = config.parse({"name": "spread", "data": {"train": "unread"}, "cluster": {"bank_cpus": 1},
                     "bank": {"shards": 2}, "refine": {"strategy": "none"}})
-actors = cluster.start_actors(run)
+actors = cluster.start_actors(run, steps_per_epoch=10)
 where = [primary.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for primary, in actors.bank]
 assert len(set(ray.get(where))) == 2
 cluster.stop_actors(actors)
@@ -48,7 +48,7 @@ def test_a_bank_has_an_actor_for_each_shard_and_replica_and_a_refiner_for_all(lo
         model={"embedding_dim": 8},
         refine={"interval": 0.0, "cpu_share": 1.0},
     )
-    actors = cluster.start_actors(run)
+    actors = cluster.start_actors(run, steps_per_epoch=10)
     try:
         assert [len(shard) for shard in actors.bank] == [2, 2]
         assert list(actors.primaries) == ["bank-0", "bank-1"]
@@ -61,9 +61,9 @@ def test_a_bank_has_an_actor_for_each_shard_and_replica_and_a_refiner_for_all(lo
             prototypes = ray.get(actors.bank[0][0].prototypes.remote())
         assert ray.get(actors.bank[1][0].prototypes.remote()) is None
         state = {}
-        while not {"0.source.audio.ids", "1.source.audio.ids"} <= set(state):
+        while not {"0.generation.source.audio.ids", "1.generation.source.audio.ids"} <= set(state):
             state = ray.get(actors.refiner.state.remote())
-        assert state["1.source.audio.ids"].min() == 100
+        assert state["1.generation.source.audio.ids"].min() == 100
         ray.get(actors.refiner.load_state.remote(state))
         while ray.get(actors.bank[1][1].ping.remote()) < 80:
             pass

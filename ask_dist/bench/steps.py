@@ -119,7 +119,7 @@ def _windows(
     run.prepare_folder(config, shards["train"], quiet, resume=False, overwrite=False)
     with cluster.session(dashboard=False):
         cluster.check_resources(config)
-        actors = cluster.start_actors(config)
+        actors = cluster.start_actors(config, run.steps_per_epoch(config, shards["train"]))
         try:
             with _filling(config, BankService(actors.bank), filled) if filled else nullcontext():
                 run.fit(config, actors, shards["train"], quiet)

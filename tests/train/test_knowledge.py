@@ -40,7 +40,7 @@ def started(local_ray):
 
     def start(**bank) -> tuple[KnowledgeSource, cluster.Actors]:
         run = run_config(**bank)
-        running.append(cluster.start_actors(run))
+        running.append(cluster.start_actors(run, steps_per_epoch=10))
         return KnowledgeSource(run, running[-1], torch.device("cpu")), running[-1]
 
     yield start
