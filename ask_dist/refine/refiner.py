@@ -279,13 +279,21 @@ def _commit(snapshot: Snapshot, audio: _Correction, text: _Correction) -> Commit
     if not applied:
         return None
     rows = np.unique(np.concatenate([correction.stale for correction in applied]))
-    values = []
-    for stored, correction in ((snapshot.audio, audio), (snapshot.text, text)):
-        values.append(stored[rows].astype(np.float16))
-        if correction.values is not None:
-            values[-1][_positions(rows, correction.stale)] = correction.values
+    values = [
+        _values(stored, correction, rows) for stored, correction in ((snapshot.audio, audio), (snapshot.text, text))
+    ]
     frame = min(correction.frame for correction in applied)
     return Commit(snapshot.ids[rows], values[0], values[1], snapshot.version[rows], frame)
+
+
+def _values(stored: np.ndarray, correction: _Correction, rows: np.ndarray) -> np.ndarray:
+    """A modality's values, float16 [n, d], of these rows (ascending positions in the snapshot) as corrected."""
+    if correction.values is not None and len(correction.stale) == len(rows):
+        return correction.values
+    values = stored[rows].astype(np.float16, copy=False)
+    if correction.values is not None:
+        values[_positions(rows, correction.stale)] = correction.values
+    return values
 
 
 def _moved(move: Move, values: np.ndarray, at: np.ndarray) -> np.ndarray:
