@@ -43,15 +43,19 @@ def write_card(folder: Path, run_dir: Path, form: str, config: Config, model: Du
 
 
 def published(config: Config) -> Config:
-    """The same run without the places of its files on this machine: of a path, its last two parts stay."""
+    """The same run without the places of its files on this machine: of data and sources the last two parts stay."""
     tree = config.model_dump(mode="json")
     tree["output_dir"] = "runs"
     for split in ("train", "validation", "test"):
         tree["data"][split] = _tail(tree["data"][split])
+    tree["data"]["cache_dir"] = tree["model"]["from"] = tree["bank"]["from"] = None
     for tower in ("audio", "text"):
         tree["model"][tower]["source"] = _tail(tree["model"][tower]["source"])
     return Config.model_validate(tree)
 
 
-def _tail(path: str | None) -> str | None:
+def _tail(path: Any) -> Any:
+    """The end of a path, or of each of several."""
+    if isinstance(path, list):
+        return [_tail(part) for part in path]
     return None if path is None else str(Path(*Path(path).parts[-2:]))

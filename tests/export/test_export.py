@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ask_dist import config as configuration
 from ask_dist.errors import InputError
+from ask_dist.export.card import published
 from ask_dist.export.command import export
 from ask_dist.models.dual_encoder import build_dual_encoder
 from ask_dist.models.saved import load_model, save_model
@@ -97,6 +98,29 @@ def test_safetensors_is_a_run_that_loads_anywhere(tmp_path, console):
     for ours, wanted in zip(features(tmp_path / "out", 8000), features(run, 8000), strict=True):
         assert torch.equal(ours, wanted)
     assert "secret" not in (tmp_path / "out" / "config.yaml").read_text()
+
+
+def test_no_place_of_this_machine_is_published():
+    data = {"train": ["/secret/a/train", "s3://secret/b/train"], "cache_dir": "/secret/cache"}
+    tree = {
+        "name": "tones",
+        "data": data,
+        "output_dir": "/secret/runs",
+        "model": {"from": "/secret/run"},
+        "bank": {"from": "/secret/bank"},
+    }
+    shown = published(configuration.parse(tree))
+    assert shown.data.train == (Path("a/train"), Path("b/train"))
+    assert "secret" not in configuration.dump(shown)
+
+
+def test_a_run_of_several_folders_is_exported_with_all_of_them_in_its_card(tmp_path, console):
+    run = finished(tmp_path / "run", 8000, SMALL | {"audio": {"width": 8, "mel_bins": 20}})
+    folders = ["data.train=[/secret/tones/train, /secret/noise/train]"]
+    several = configuration.load(run / "config.yaml", folders)
+    (run / "config.yaml").write_text(configuration.dump(several))
+    export(run, "safetensors", tmp_path / "out", console)
+    assert "| train | tones/train, noise/train |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def towers(kind: str, tmp_path: Path) -> tuple[int, dict]:
