@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fsspec.callbacks import Callback
 
+from ask_dist.config import Config
 from ask_dist.data.audio import BadSample
 from ask_dist.data.places import READ_SECONDS, filesystem, one_line
 from ask_dist.files import refusal, writing
@@ -168,6 +169,12 @@ class ShardCache:
             if excess <= 0:
                 return
             excess -= size if _unlink_unless_held(path) else 0
+
+
+def cache_of(config: Config) -> ShardCache:
+    """The cache that a run's configuration names."""
+    folder = DEFAULT_FOLDER if config.data.cache_dir is None else config.data.cache_dir
+    return ShardCache(folder, config.data.cache_gib)
 
 
 def file_sha256(path: Path) -> str:

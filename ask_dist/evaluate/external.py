@@ -19,6 +19,7 @@ from ask_dist.bank import store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Modality
 from ask_dist.config import Config
+from ask_dist.data.cache import cache_of
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.places import is_url
 from ask_dist.data.shards import ShardList, stable_id
@@ -71,7 +72,7 @@ def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> 
         texts = read_captions(Path(corpus))
         size, parts = len(texts), _caption_parts(model, texts, Path(corpus).name)
     else:
-        shards = ShardList.load(corpus)
+        shards = ShardList.load(corpus, cache=cache_of(config))
         size, parts = shards.clips, _clip_parts(model, shards, config, _held_out(config, console))
     bank = KnowledgeBank(config.model.embedding_dim, size)
     clips: dict[int, BankedClip] = {}
@@ -168,7 +169,7 @@ def _held_out(config: Config, console: Console) -> HeldOut:
     splits: dict[str, ShardList] = {}
     for split, place in (("validation", config.data.validation), ("test", config.data.test)):
         try:
-            splits |= {split: ShardList.load(place)} if place is not None else {}
+            splits |= {split: ShardList.load(place, cache=cache_of(config))} if place is not None else {}
         except InputError as error:
             console.print(f"[yellow]warning:[/] not checked against the {split} split: {escape(str(error))}")
     return HeldOut.of(splits)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ask_dist.config import Config
 from ask_dist.data.audio import BadSample, decode, fit_length, resample
+from ask_dist.data.cache import cache_of
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, retrieval_results
@@ -41,7 +42,7 @@ def evaluate(run_dir: Path, shards: Path | str | None, output: Path | None, cons
         raise InputError(f"{run_dir} has no test split of its own; name one with --shards")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with console.status(f"encoding {folder}"):
-        encoded = encode(model, ShardList.load(folder), config, rank=0, world_size=1)
+        encoded = encode(model, ShardList.load(folder, cache=cache_of(config)), config, rank=0, world_size=1)
     results: Results = {**retrieval_results(encoded, _class_counts(config), config.seed), "dataset": str(folder)}  # type: ignore[typeddict-item]
     print_table(results, console)
     if encoded.bad:
@@ -111,6 +112,6 @@ def embed_query(model: DualEncoder, config: Config, query: str | None, audio: Pa
 def _class_counts(config: Config) -> dict[str, int]:
     """Training frequencies for head, mid and tail; none when the training shards are not on this machine."""
     try:
-        return ShardList.load(config.data.train).classes
+        return ShardList.load(config.data.train, cache=cache_of(config)).classes
     except InputError:
         return {}

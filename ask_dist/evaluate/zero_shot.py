@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ask_dist.data.cache import cache_of
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode
@@ -48,7 +49,7 @@ def zero_shot(
     classes, templates = read_classes(names), check_templates(templates)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with console.status(f"encoding {shards}"):
-        encoded = encode(model, ShardList.load(shards), config, rank=0, world_size=1)
+        encoded = encode(model, ShardList.load(shards, cache=cache_of(config)), config, rank=0, world_size=1)
         prompts = class_features(model, classes, templates)
     truth = labels(encoded.classes, classes)
     known = truth.any(axis=1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ask_dist import config as configuration
 from ask_dist.cluster import Actors
 from ask_dist.config import Config
-from ask_dist.data.cache import ShardCache
+from ask_dist.data.cache import cache_of
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.quarantine import QUARANTINE
@@ -137,8 +137,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
 
 def load_shards(config: Config) -> dict[str, ShardList]:
     """The shard list of each split that the configuration names."""
-    data = config.data
-    cache = ShardCache(gib=data.cache_gib) if data.cache_dir is None else ShardCache(data.cache_dir, data.cache_gib)
+    data, cache = config.data, cache_of(config)
     held_out = {"validation": data.validation, "test": data.test}
     return {"train": ShardList.load(data.train, data.weights, cache)} | {
         split: ShardList.load(place, cache=cache) for split, place in held_out.items() if place is not None
