@@ -40,16 +40,21 @@ class Raw:
         return sum(name in self.members for name in SOUNDS) == 1
 
     @property
-    def sound(self) -> bytes:
-        """The encoded audio.
+    def extension(self) -> str:
+        """Of the audio member.
 
         Raises:
             BadSample: there is none, or more than one.
         """
-        found = [self.members[name] for name in SOUNDS if name in self.members]
+        found = [name for name in SOUNDS if name in self.members]
         if len(found) != 1:
             raise BadSample(f"{'several sounds' if found else 'no sound'}: one .{', .'.join(SOUNDS)} is needed")
         return found[0]
+
+    @property
+    def sound(self) -> bytes:
+        """The encoded audio; raises as `extension` does."""
+        return self.members[self.extension]
 
 
 def read_clips(shards: ShardList, shard: int, first: int, count: int, name: str | None = None) -> Iterator[Raw]:
@@ -80,6 +85,19 @@ def read_shard(path: Path, first: int, count: int, name: str | None = None) -> I
     if done < count:
         problem = f"the shard has {there} clips that can be read, not all of those listed{reason}"
         yield from itertools.repeat(Raw(name, "", {}, problem), count - done)
+
+
+def find_clip(path: Path, key: str) -> Raw | None:
+    """The first clip of that key in a tar, or None; no other clip's members are read.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    with path.open("rb") as stream:
+        for name, found, _ in _clips(stream):
+            if name == key:
+                return _read(stream, path.name, key, found, repeated=False)
+    return None
 
 
 def read_heads(path: Path, size: int) -> Iterator[tuple[str, dict[str, bytes]]]:

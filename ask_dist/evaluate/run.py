@@ -18,7 +18,7 @@ from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, retrieval_results
 from ask_dist.evaluate.report import Results, print_table
-from ask_dist.evaluate.search import Hit, SearchIndex, extract_clip
+from ask_dist.evaluate.search import SearchIndex, extract_clip
 from ask_dist.files import write_atomically
 from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.models.saved import load_model
@@ -70,20 +70,11 @@ def search(run_dir: Path, query: str | None, audio: Path | None, k: int, save: P
     if save is not None:
         folders = {"train": config.data.train, "validation": config.data.validation, "test": config.data.test}
         save.mkdir(parents=True, exist_ok=True)
+        cache = cache_of(config)
+        shards = {split: ShardList.load(folders[split] or (), cache=cache) for split in {hit.split for hit in hits}}
         for place, hit in enumerate(hits, 1):
-            _copy_sound(folders[hit.split], hit, save / f"{place:02d}-{hit.key}.flac")
+            extract_clip(shards[hit.split], hit, save / f"{place:02d}-{hit.key}")
         console.print(f"{len(hits)} sounds in {save}", highlight=False)
-
-
-def _copy_sound(places: Path | str | tuple[Path | str, ...] | None, hit: Hit, out: Path) -> None:
-    shards = ShardList.load(places or ())
-    if hit.shard not in shards.names:
-        raise InputError(f"no shard {hit.shard} in {places}: the shards changed since the index was built")
-    try:
-        with shards.at_hand(shards.names.index(hit.shard)) as path:
-            extract_clip(path.parent, path.name, hit.key, out)
-    except BadSample as error:
-        raise InputError(f"{error}; correct the access to it, or leave --save out") from None
 
 
 @torch.no_grad()

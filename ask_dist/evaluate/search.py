@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,13 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ask_dist.bank.index import exact_search
-from ask_dist.data.shards import write_text
+from ask_dist.data.audio import BadSample
+from ask_dist.data.samples import find_clip
+from ask_dist.data.shards import ShardList, write_text
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically
 
 FEATURES, CLIPS = "audio_features.safetensors", "clips.jsonl"
 FORMAT = "1"
-FLAC_MAGIC = b"fLaC"
 
 
 @dataclass(frozen=True)
@@ -135,35 +135,39 @@ class SearchIndex:
         return _unit(self.audio_features.astype(np.float32))
 
 
-def extract_clip(shards_folder: Path, shard: str, key: str, out: Path) -> Path:
-    """Copy the FLAC of one clip out of its shard, and return `out`. The file appears whole or not at all.
+def extract_clip(shards: ShardList, hit: Hit, out: Path) -> Path:
+    """Copy the sound of a hit out of its shard, as it is there. The file appears whole or not at all.
 
     Args:
-        shards_folder: folder of the split, which holds the tar files.
-        shard: name of the tar file, without any folder.
-        key: of the clip.
-        out: file to write; replaced where it exists.
+        shards: of the hit's split. Where several folders have a shard of that name, the one with the key is meant.
+        hit: the clip.
+        out: file to write, without the extension of the sound; replaced where it exists.
+
+    Returns:
+        The file's path, with the extension.
 
     Raises:
-        InputError: the shard is missing or damaged, or holds no plain FLAC file of that key.
+        InputError: no such shard, it can't be had, or it holds no sound of that key.
     """
-    path = shards_folder / shard
-    if Path(shard).name != shard or not path.is_file():
-        raise InputError(f"no shard {shard!r} in {shards_folder}: give the folder of the split that was indexed")
+    places = [place for place, name in enumerate(shards.names) if name == hit.shard]
     try:
-        # "r:" refuses compressed tars, which could unpack to any size.
-        with tarfile.open(path, "r:") as tar:
-            member = next((entry for entry in tar if entry.name == f"{key}.flac"), None)
-            file = tar.extractfile(member) if member and member.isreg() and not member.issparse() else None
-            data = file.read() if file else b""
-    except tarfile.TarError as error:
-        raise InputError(f"{path} can't be read ({error}): pack the split again") from None
-    if not data.startswith(FLAC_MAGIC):
-        raise InputError(
-            f"no FLAC file {key}.flac in {path}: the shards changed since the index was built; build it again"
-        )
-    write_atomically(out, data)
-    return out
+        for place in places:
+            with shards.at_hand(place) as path:
+                raw = find_clip(path, hit.key)
+            if raw is None:
+                continue
+            if raw.problem:
+                raise BadSample(raw.problem)
+            file = out.with_name(f"{out.name}.{raw.extension}")
+            write_atomically(file, raw.sound)
+            return file
+    except (BadSample, OSError) as error:
+        raise InputError(f"{hit.shard} {hit.key}: {error}; correct that, or leave --save out") from None
+    what = f"clip {hit.key} in {hit.shard}" if places else f"shard {hit.shard}"
+    raise InputError(
+        f"no {what} of {', '.join(sorted(set(shards.folders)))}: the shards changed since the index was built; "
+        "build it again"
+    )
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from ask_dist.data.samples import LARGEST, SOUNDS
+from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
-from ask_dist.evaluate.search import CLIPS, FEATURES, IndexedClip, SearchIndex, extract_clip
+from ask_dist.evaluate.search import CLIPS, FEATURES, Hit, IndexedClip, SearchIndex, extract_clip
 
 SHARD = "test-000000.tar"
 
@@ -124,35 +126,58 @@ def test_a_folder_that_points_elsewhere_is_refused(index, tmp_path, bad):
         SearchIndex.load(tmp_path)
 
 
-def test_extracted_sound_is_the_member_byte_for_byte(tmp_path):
-    sounds = {f"{key}.flac": flac(seed) for seed, key in enumerate("abc")}
-    write_tar(tmp_path / SHARD, {"a.json": b"{}", **sounds})
-    out = extract_clip(tmp_path, SHARD, "b", tmp_path / "hit.flac")
-    assert out.read_bytes() == sounds["b.flac"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hit.flac", SHARD]
+def split_of(folder: Path, members: dict[str, bytes]) -> Path:
+    folder.mkdir(parents=True)
+    write_tar(folder / SHARD, members)
+    shard = {"clips": 1, "seconds": 1.0, "sha256": ""}
+    sizes = {"format": 1, "sample_rate": 16000, "classes": {}, "shards": {SHARD: shard}}
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    return folder
 
 
-def test_what_is_no_flac_of_that_key_is_not_extracted(tmp_path):
-    write_tar(tmp_path / SHARD, {"a.flac": flac(0), "text.flac": b"not audio"})
-    with tarfile.open(tmp_path / SHARD, "a") as tar:
+def hit(key: str, shard: str = SHARD) -> Hit:
+    return Hit(1.0, key, "", shard, "test")
+
+
+@pytest.mark.parametrize("extension", SOUNDS)
+def test_extracted_sound_is_the_member_byte_for_byte(tmp_path, extension):
+    sounds = {f"{key}.{extension}": flac(seed) for seed, key in enumerate("abc")}
+    shards = ShardList.load(split_of(tmp_path / "test", {"a.json": b"{}", **sounds}))
+    out = extract_clip(shards, hit("b"), tmp_path / "01-b")
+    assert out == tmp_path / f"01-b.{extension}"
+    assert out.read_bytes() == sounds[f"b.{extension}"]
+
+
+def test_of_shards_with_one_name_the_one_with_the_key_is_meant(tmp_path):
+    folders = [split_of(tmp_path / key, {f"{key}.flac": flac(seed)}) for seed, key in enumerate("abc")]
+    assert extract_clip(ShardList.load(folders), hit("b"), tmp_path / "hit").read_bytes() == flac(1)
+
+
+def test_what_is_no_sound_of_that_key_is_not_extracted(tmp_path):
+    folder = split_of(tmp_path / "test", {"a.flac": flac(0), "text.json": b"{}", "two.wav": b"", "two.mp3": b""})
+    with tarfile.open(folder / SHARD, "a") as tar:
         link = tarfile.TarInfo("link.flac")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         tar.addfile(link)
-        sparse = tarfile.TarInfo("sparse.flac")
-        sparse.size, sparse.pax_headers = 4, {"GNU.sparse.size": "4", "GNU.sparse.map": "0,4"}
-        tar.addfile(sparse, io.BytesIO(b"fLaC"))
-    for key in ("missing", "text", "link", "sparse"):
-        with pytest.raises(InputError, match=f"no FLAC file {key}.flac"):
-            extract_clip(tmp_path, SHARD, key, tmp_path / "hit.flac")
-    assert not (tmp_path / "hit.flac").exists()
+        large = tarfile.TarInfo("large.flac")
+        large.size = LARGEST["flac"] + 1
+        tar.fileobj.write(large.tobuf())
+    shards = ShardList.load(folder)
+    reasons = {"missing": "no clip missing", "link": "no clip link", "text": "no sound", "two": "several sounds"}
+    for key, reason in (reasons | {"large": "over the limit of 256 MiB"}).items():
+        with pytest.raises(InputError, match=reason):
+            extract_clip(shards, hit(key), tmp_path / "hit")
+    assert [path.name for path in tmp_path.iterdir()] == ["test"]
 
 
-def test_shards_outside_the_folder_and_damaged_ones_are_refused(tmp_path):
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    write_tar(tmp_path / SHARD, {"a.flac": flac(0)})
-    (inside / "bad.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(InputError, match="no shard"):
-        extract_clip(inside, f"../{SHARD}", "a", tmp_path / "hit.flac")
-    with pytest.raises(InputError, match="can't be read"):
-        extract_clip(inside, "bad.tar", "a", tmp_path / "hit.flac")
+def test_shards_that_are_not_listed_and_damaged_ones_are_refused(tmp_path):
+    folder = split_of(tmp_path / "inside", {"a.flac": flac(0)})
+    shards = ShardList.load(folder)
+    with pytest.raises(InputError, match=r"no shard other\.tar"):
+        extract_clip(shards, hit("a", "other.tar"), tmp_path / "hit")
+    (folder / SHARD).write_bytes(b"no tar at all" * 100)
+    with pytest.raises(InputError, match="no clip a in"):
+        extract_clip(shards, hit("a"), tmp_path / "hit")
+    (folder / SHARD).unlink()
+    with pytest.raises(InputError, match="No such file"):
+        extract_clip(shards, hit("a"), tmp_path / "hit")
