@@ -177,7 +177,13 @@ class ShardList:
 
 def _chosen(folder: str, listed: Iterable[str], wanted: Sequence[str]) -> list[str]:
     """The listed names, sorted; only those that match `wanted`, where there are patterns; all of them must exist."""
-    names = sorted(name for name in listed if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted))
+    patterns = [text for text in wanted if set("*?[") & set(text)]
+    plain = set(wanted).difference(patterns)  # braces write out thousands of names: a look-up each, not a match
+    names = sorted(
+        name
+        for name in listed
+        if not wanted or name in plain or any(fnmatchcase(name, pattern) for pattern in patterns)
+    )
     if not names:
         raise InputError(f"no shard of {folder} matches {', '.join(wanted)}: correct the pattern")
     if not is_url(folder):

@@ -35,6 +35,18 @@ def test_several_folders_add_up_in_the_order_given(corpus: Path, tmp_path: Path)
     assert [path.parent for path in both.paths] == [other] * 11 + [corpus] * 11
 
 
+@pytest.mark.parametrize(
+    ("place", "numbers"),
+    [
+        ("train-{000002..000004}.tar", [2, 3, 4]),
+        ("train-00000[12].tar", [1, 2]),
+        ("train-{000007,00000[89],0000?0}.tar", [0, 7, 8, 9, 10]),
+    ],
+)
+def test_written_out_names_and_patterns_choose_shards(corpus: Path, place: str, numbers: list[int]) -> None:
+    assert ShardList.load(f"{corpus}/{place}").names == tuple(f"train-{number:06d}.tar" for number in numbers)
+
+
 def test_the_fingerprint_changes_with_the_content(corpus: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(corpus, tmp_path / "copy")
     assert ShardList.load(copy).fingerprint == ShardList.load(corpus).fingerprint
