@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ask_dist.data.pack import LONGEST_KEY
-from ask_dist.data.pack_rows import EXTENSIONS
+from ask_dist.data.audio import BadSample
+from ask_dist.data.samples import KEY, LARGEST, describe
+from ask_dist.data.tar import PLAIN, headers
 
-MEMBER = re.compile(rf"([A-Za-z0-9_-]{{1,{LONGEST_KEY}}})\.({'|'.join(sorted({*EXTENSIONS.values()}))}|json)")
-# What tarfile lets out where a header is garbage.
-BROKEN = (OSError, tarfile.TarError, EOFError, ValueError, IndexError, OverflowError, struct.error)
+MEMBER = re.compile(rf"{KEY.pattern}\.({'|'.join(LARGEST)})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,14 @@ def clips_of(path: Path, note: Callable[[str, str], None]) -> Iterator[TarClip]:
     key, members = "", dict[str, bytes]()
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with path.open("rb") as stream:
+            for member in headers(stream):
                 problem = _problem_of(member, size)
                 if problem:
                     note(member.name, problem)
                     continue
                 name, extension = member.name.split(".")
+                extension = extension.lower()
                 if name != key:
                     yield from _whole(key, members, note)
                     key, members = name, {}
@@ -55,12 +53,12 @@ def clips_of(path: Path, note: Callable[[str, str], None]) -> Iterator[TarClip]:
                     seen.add(name)
                 elif extension in members:
                     note(name, f"has two .{extension} members")
-                content = tar.extractfile(member)
-                members[extension] = content.read() if content else b""
+                stream.seek(member.offset_data)
+                members[extension] = stream.read(member.size)
         yield from _whole(key, members, note)
-    except BROKEN as error:
+    except OSError as error:
         yield from _whole(key, members, note)
-        note("", f"can't be read further than {key or 'its start'}: {type(error).__name__} {error}")
+        note("", f"can't be read further than {key or 'its start'}: {error.strerror}")
 
 
 def _problem_of(member: tarfile.TarInfo, size: int) -> str | None:
@@ -69,12 +67,16 @@ def _problem_of(member: tarfile.TarInfo, size: int) -> str | None:
         return "leads out of the folder"
     if member.issym() or member.islnk():
         return f"is a link to {member.linkname}"
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+    if member.type not in PLAIN:
         return "is not a plain file"
-    if not MEMBER.fullmatch(member.name):
+    named = MEMBER.fullmatch(member.name)
+    if named is None:
         return "is no member of a clip"
     if member.offset_data + member.size > size:
         return "is cut short"
+    limit = LARGEST[named[1].lower()]
+    if member.size > limit:
+        return f"has {member.size} bytes, over the limit of {limit >> 20} MiB"
     return None
 
 
@@ -88,20 +90,9 @@ def _whole(key: str, members: dict[str, bytes], note: Callable[[str, str], None]
     elif "json" not in members:
         note(key, "has no .json member")
     else:
-        description = _description(members["json"])
-        if isinstance(description, str):
-            note(key, description)
+        try:
+            description = describe(members["json"])
+        except BadSample as error:
+            note(key, str(error))
         else:
             yield TarClip(key, sounds[0], members[sounds[0]], description)
-
-
-def _description(content: bytes) -> dict[str, Any] | str:
-    """The content of a .json member, or what is wrong with it."""
-    try:
-        description = json.loads(content)
-    except (ValueError, RecursionError):
-        return "its .json is not JSON"
-    captions = description.get("captions") if isinstance(description, dict) else None
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-        return "has no caption, or an empty one"
-    return description
