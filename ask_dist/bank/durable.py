@@ -257,11 +257,11 @@ class DurableBank(Generic[Bank]):
     def _keep(self) -> None:
         while not self._closed.wait(SYNC_SECONDS):
             journal = self._journal
-            try:
-                if journal is not None:
+            if journal is not None:
+                try:
                     journal.sync()
-            except OSError as error:
-                self._lose(journal, error)
+                except OSError as error:
+                    self._lose(journal, error)
             if self._due() and self._snapshotting.acquire(blocking=False):
                 self._snapshotting.release()
                 threading.Thread(target=self.snapshot, name="snapshot", daemon=True).start()

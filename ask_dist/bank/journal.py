@@ -172,7 +172,7 @@ def _body(write: Upsert | Commit) -> list[memoryview]:
     for values in arrays:
         columns = values.shape[1] if values.ndim == 2 else -1
         told += ARRAY.pack(KINDS.index(values.dtype), len(values), columns)
-    return [memoryview(told), *(memoryview(values.reshape(-1).view(np.uint8)) for values in arrays)]
+    return [memoryview(told), *(values.reshape(-1).view(np.uint8).data for values in arrays)]
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
@@ -190,9 +190,10 @@ def _parsed(body: memoryview, dim: int) -> Upsert | Commit | None:
     if arrays is None:
         return None
     if kind == UPSERT and len(arrays) in (3, 4):
-        ids, audio, text, *reliability = arrays
-        if _are_rows(ids, audio, text, dim) and all(_fits(told, ids, "f") for told in reliability):
-            return Upsert(ids, audio, text, *(reliability or [None]), number)  # type: ignore[arg-type]
+        ids, audio, text = arrays[:3]
+        reliability = arrays[3] if len(arrays) == 4 else None
+        if _are_rows(ids, audio, text, dim) and (reliability is None or _fits(reliability, ids, "f")):
+            return Upsert(ids, audio, text, reliability, number)
     if kind in (COMMIT, COMMIT_WITH_PROTOTYPES) and len(arrays) >= 4:
         ids, versions, audio, text, *levels = arrays
         pairs = list(zip(levels[::2], levels[1::2], strict=False))

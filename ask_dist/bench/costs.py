@@ -108,7 +108,7 @@ def _generations(dim: int, rows: int) -> dict[str, float]:
     for strategy in (name for name in STRATEGIES if name != "none"):
         refiner = Refiner(strategy)
         refiner.refine(first)
-        taken[strategy] = seconds(lambda refiner=refiner: generation(refiner, now, LEVELS, 0))
+        taken[strategy] = seconds(lambda refiner=refiner: generation([(refiner, None)], now, LEVELS, 0))
     return taken
 
 
