@@ -29,7 +29,8 @@ def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(c
     assert "model.embedding_dim is 32" in refused.stderr
     assert not (tmp_path / "runs" / "second").exists()
 
-    done = ask_dist("train", config_file, *given, "optimization.epochs=40", "optimization.evaluate_every=20")
+    lively = ["refine.interval=0", "refine.cpu_share=1", "optimization.epochs=80", "optimization.evaluate_every=40"]
+    done = ask_dist("train", config_file, *given, *lively)
     assert done.returncode == 0, done.stderr
     second = tmp_path / "runs" / "second"
     rows = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
