@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class Manifest:
     samples_seen: int
     lineage: str
     sha256: dict[str, str]
-    snapshots: dict[str, str]
+    snapshots: dict[str, str] = field(default_factory=dict)  # format 1 has none
     format: int = FORMAT
 
 
