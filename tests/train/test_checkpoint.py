@@ -206,6 +206,9 @@ def config_with(*overrides: str) -> configuration.Config:
         "cluster.max_failures=0",
         "data.test=elsewhere",
         "bank.threads=2",
+        "model.from=runs/moved",
+        "model.audio.source=encoders/moved",
+        "model.text.source=encoders/moved",
     ],
 )
 def test_what_may_change_on_resume_keeps_the_lineage(override):
