@@ -30,9 +30,8 @@ class BankActor:
 
     Args:
         neighbours: k of `search_ids`.
-        state_path: a folder written by `store.save`, loaded if it holds a bank. A restarted actor runs its
-            constructor again, so it comes back with what was last saved there.
-        durable_path: a folder of a `DurableBank`: a restarted actor comes back with all that was written.
+        durable_path: a folder of a `DurableBank`: a restarted actor, whose constructor runs again, comes back with all
+            that was written.
         primary: name of the actor that this one is a read replica of: it takes no writes, asks that actor twice a
             second for what was written there, and fills itself from it whenever either of them was restarted.
         begins_with: a bank folder, the digest of the weights that encoded it, and which of how many shards this is:
@@ -45,7 +44,6 @@ class BankActor:
         self,
         *,
         neighbours: int,
-        state_path: str | None = None,
         durable_path: str | None = None,
         primary: str | None = None,
         begins_with: tuple[str, str, int, int] | None = None,
@@ -58,8 +56,6 @@ class BankActor:
         self._bank = self._made({}) if self._durable is None else self._durable.bank
         if settings.get("index", "flat") != "flat":
             threading.Thread(target=self._maintain, args=(maintenance_seconds,), name="maintain", daemon=True).start()
-        if state_path is not None and store.snapshots(state_path):
-            self.load([state_path])
         if primary is not None:
             threading.Thread(target=self._follow, args=(primary,), name="follow", daemon=True).start()
 

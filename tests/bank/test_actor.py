@@ -104,7 +104,6 @@ def test_a_saved_bank_comes_back(start_actor, rows, tmp_path):
     ray.get(first.upsert.remote(*rows, None, 3))
     folder = str(tmp_path)
     digest = ray.get(first.save.remote(folder))
-    assert ray.get(start_actor(state_path=folder).ping.remote()) == ROWS
     second = start_actor()
     ray.get(second.load.remote([folder]))
     assert ray.get(second.ping.remote()) == ROWS
@@ -240,11 +239,8 @@ def test_prototypes_follow_the_generation(start_actor, rows):
         assert len(client.prototypes.levels[0][0]) == generation
 
 
-def test_a_bank_that_dies_is_counted_and_steps_go_on(start_actor, rows, tmp_path):
-    bank = KnowledgeBank(**SETTINGS)
-    bank.upsert(*(part[:100] for part in rows), None, 1)
-    store.save(tmp_path, bank.state())
-    actor = start_actor(state_path=str(tmp_path))
+def test_a_bank_that_dies_is_counted_and_steps_go_on(start_actor, rows):
+    actor = start_actor()
     client = BankClient(actor, deterministic=True)
     client.upsert(*rows, None, 2)
     client.prefetch(rows[0][:2])
@@ -254,7 +250,7 @@ def test_a_bank_that_dies_is_counted_and_steps_go_on(start_actor, rows, tmp_path
     while not answers or answers[-1] is None or answers[-1].rows == ROWS:  # until the restarted actor answers
         client.prefetch(rows[0][:2])
         answers.append(client.collect())
-    assert answers[-1].rows == 100  # what was saved
+    assert answers[-1].rows == 0  # it keeps nothing, unless it is durable
     assert client.metrics()["bank/failed"] == sum(answer is None for answer in answers)
 
 
