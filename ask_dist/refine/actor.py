@@ -63,9 +63,7 @@ class RefineActor:
         self._lock = threading.Lock()  # the refiners': their state is never read in the middle of a generation
         self._stop = threading.Event()
         self._newest_steps: dict[int, int] = {}
-        self._reports: list[dict[str, Any]] = []
         self._metrics = {"refine/failures": 0.0, "refine/generations": 0.0}
-        self._error: Exception | None = None
         self._banks = tuple(banks)
         self._thread = threading.Thread(target=self._loop, name="refine", daemon=True)
         self._thread.start()
@@ -74,18 +72,6 @@ class RefineActor:
         """End after the generation in progress, and wait for that."""
         self._stop.set()
         self._thread.join()
-
-    def reports(self) -> list[dict[str, Any]]:
-        """A `RefineReport` of the run's rows as a dict for each generation since this was last asked.
-
-        Raises:
-            RuntimeError: it gave up after too many failures in a row; the last one is the cause.
-        """
-        if self._error is not None:
-            raise RuntimeError(f"the refiner gave up after {MAX_FAILURES} failures in a row") from self._error
-        count = len(self._reports)
-        taken, self._reports = self._reports[:count], self._reports[count:]
-        return taken
 
     def metrics(self) -> dict[str, float]:
         """`refine/generations` and `refine/failures` so far, and the last report's figures as `refine/...`, those of
@@ -146,7 +132,6 @@ class RefineActor:
             except Exception as error:  # a bank that restarts, or one bad generation, must not end the refinement
                 # A bank that Ray is restarting comes back; that alone never makes the refiner give up.
                 failures += not isinstance(error, ray.exceptions.ActorUnavailableError)
-                self._error = error if failures == MAX_FAILURES else None
                 self._metrics["refine/failures"] += 1
                 log.warning("generation failed, %d in a row", failures, exc_info=True)
             used = time.process_time() - cpu
@@ -165,11 +150,8 @@ class RefineActor:
         self._metrics["refine/generations"] += 1
         for anchor, report in reports.items():
             if report is not None:
-                own, told = anchor == "generation", asdict(report)
-                if own:
-                    self._reports.append(told)
-                prefix = "refine/" if own else "refine/external_"
-                self._metrics |= {f"{prefix}{name}": float(value) for name, value in told.items()}
+                prefix = "refine/" if anchor == "generation" else "refine/external_"
+                self._metrics |= {f"{prefix}{name}": float(value) for name, value in asdict(report).items()}
 
     def _refined(self, shard: int, snapshot: Snapshot) -> tuple[list[Commit], dict[str, RefineReport | None]]:
         """A generation of one shard, its reports by anchor; the first shard's brings prototypes of all."""
