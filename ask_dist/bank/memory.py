@@ -211,6 +211,7 @@ class KnowledgeBank:
             too_old = float((age > self._max_age).mean()) if len(self) and self._max_age is not None else 0.0
             counts = {f"bank/{name}": float(self._counts[name]) for name in COUNTERS}
             counts["bank/external_rows"] = float((self._meta["step"][: len(self)] == EXTERNAL).sum())
+            counts["bank/given"] = float(self._counts["given"])
             counts["bank/external_share"] = self._counts["external_given"] / max(1, self._counts["given"])
             counts["bank/inverted_rows"] = float(min(index.trained_rows for index in self._index.values()))
             counts |= {f"bank/recall_{name}": recall for name, recall in self._recall.items()}

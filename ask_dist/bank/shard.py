@@ -10,6 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 
 import numpy as np
 
@@ -262,7 +263,7 @@ def shard_state(states: Iterable[State], shard: int, shards: int) -> State:
 def whole_metrics(shards: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """`KnowledgeBank.metrics()` of a bank from those of each shard's primary and its replicas; {} is not known.
 
-    A search visits every shard and counts once. Of what can't be added up the worst shard's counts.
+    A search visits every shard and counts once; replicas answer as primaries do. Of what can't be added up the worst shard's counts.
     """
     primaries = [actors[0] for actors in shards]
     if not all(primaries):
@@ -272,6 +273,9 @@ def whole_metrics(shards: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, 
     values |= {name: max(said[name] for said in primaries) for name in LARGEST if name in values}
     stale = sum(said["bank/staleness"] * said["bank/rows"] for said in primaries)
     values["bank/staleness"] = stale / max(1.0, values["bank/rows"])
+    given = [(said["bank/given"], said["bank/external_share"]) for said in chain(*shards) if "bank/given" in said]
+    values["bank/given"] = sum(rows for rows, _ in given)
+    values["bank/external_share"] = sum(rows * share for rows, share in given) / max(1.0, values["bank/given"])
     values["bank/searches"] = max(sum(said.get("bank/searches", 0.0) for said in actors) for actors in shards)
     return values
 

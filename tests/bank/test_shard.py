@@ -136,7 +136,11 @@ def test_metrics_of_shards_and_replicas_are_one_banks():
     said = {"bank/rows": 3.0, "bank/staleness": 2.0, "bank/generation": 4.0, "bank/searches": 5.0}
     said |= {"bank/upserts": 3.0, "bank/rejected": 1.0, "bank/inverted_rows": 0.0, "bank/recall_audio": 1.0}
     other = said | {"bank/rows": 1.0, "bank/staleness": 6.0, "bank/generation": 3.0, "bank/recall_audio": 0.9}
-    total = whole_metrics([[said, {"bank/searches": 2.0}], [other, {}]])
+    said |= {"bank/given": 30.0, "bank/external_share": 0.5}
+    other |= {"bank/given": 0.0, "bank/external_share": 0.0}
+    replica = {"bank/searches": 2.0, "bank/given": 10.0, "bank/external_share": 0.1}
+    total = whole_metrics([[said, replica], [other, {}]])
     assert (total["bank/rows"], total["bank/staleness"], total["bank/recall_audio"]) == (4.0, 3.0, 0.9)
     assert (total["bank/searches"], total["bank/generation"]) == (7.0, 3.0)
+    assert (total["bank/given"], total["bank/external_share"]) == (40.0, pytest.approx(0.4))
     assert whole_metrics([[said], [{}]]) == {}
