@@ -94,11 +94,6 @@ class BankClient:
         if self._deterministic:
             ray.wait(self._upserts, num_returns=len(self._upserts))
 
-    def wait(self) -> None:
-        """Returns once the bank has taken, or refused, every upsert that is on its way."""
-        if self._upserts:
-            ray.wait(self._upserts, num_returns=len(self._upserts))
-
     def metrics(self) -> dict[str, float]:
         """Since the start: `bank/late_share`, the share of prefetches that brought nothing (late or failed), and the
         counts `bank/failed` (calls of any kind that the bank refused or did not survive), `bank/dropped_upserts`."""

@@ -26,7 +26,7 @@ MINIMUM_ANSWERS = 50
 class KnowledgeSource:
     """Neighbours for the next batch, rows for the bank, and what both actors say of themselves.
 
-    Nothing here waits for an actor, unless the run is deterministic.
+    Nothing that a step calls waits for an actor, unless the run is deterministic.
 
     Args:
         config: the run.
@@ -75,9 +75,13 @@ class KnowledgeSource:
         self._client.upsert(ids.cpu().numpy(), *rows, global_step)
 
     def put(self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, global_step: int) -> None:
-        """Rows of unknown reliability, as `upsert`, and waits until the bank has them."""
-        self._client.upsert(ids, audio, text, np.full(len(ids), UNKNOWN, np.float32), global_step)
-        self._client.wait()
+        """Rows of unknown reliability, as `upsert`, and waits until the bank has them.
+
+        Raises:
+            InputError: the bank has no room for them.
+        """
+        for call in self._bank.upsert(ids, audio, text, np.full(len(ids), UNKNOWN, np.float32), global_step):
+            answer(call)
 
     def begin(self) -> None:
         """Lets the refiner note the bank as it is: what it carries external rows on from."""

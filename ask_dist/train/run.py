@@ -71,8 +71,8 @@ def train(
 def check_data(config: Config) -> dict[str, ShardList]:
     """The shard lists, or InputError when a split is missing or has fewer shards than workers, or when the run can't
     start from what it names."""
-    check_start(config)
     shards = loop.load_shards(config)
+    check_start(config, shards)
     workers, count = config.cluster.num_workers, len(shards["train"].paths)
     if count < workers:
         raise InputError(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ask_dist.bank import external
 from ask_dist.config import Config
+from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, paired_rows
 from ask_dist.models import saved
@@ -28,7 +29,7 @@ MAY_DIFFER = {
 ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
 
 
-def check_start(config: Config) -> None:
+def check_start(config: Config, shards: dict[str, ShardList]) -> None:
     """Refuses weights and banks that the run can't start from.
 
     Raises:
@@ -47,9 +48,12 @@ def check_start(config: Config) -> None:
             raise InputError(f"{key} is {asked[key]}, but model.from={source} was trained with {value}: set that")
     if config.bank.source is not None:
         state = external.load(config.bank.source, saved.digest(config.model.source), config.model.embedding_dim)
-        rows, capacity = len(state["ids"]), config.bank.capacity
-        if rows > capacity:
-            raise InputError(f"bank.from={config.bank.source} holds {rows} rows, bank.capacity is {capacity}; raise it")
+        rows, anchors = len(state["ids"]), min(ANCHORS, shards["train"].clips)
+        if rows + anchors > config.bank.capacity:
+            raise InputError(
+                f"bank.from={config.bank.source} holds {rows} rows, and {anchors} clips are encoded before the first "
+                f"step; bank.capacity is {config.bank.capacity}, raise it to {rows + anchors} at least"
+            )
 
 
 def encode_anchors(state: TrainState) -> None:

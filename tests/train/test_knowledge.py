@@ -76,6 +76,16 @@ def test_a_checkpoint_goes_on_in_any_number_of_shards(started, tmp_path):
     assert sorted(path.name for path in folder.glob("bank*")) == ["bank-0", "bank-1"]
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_rows_that_are_put_are_there_or_it_is_told(started, shards):
+    rows = unit_rows(np.random.default_rng(4).normal(size=(ROWS, DIM)))
+    link, _ = started(shards=shards, capacity=ROWS)
+    link.put(np.arange(ROWS), rows, rows, 0)
+    assert link.last_metrics()["bank/rows"] == ROWS
+    with pytest.raises(InputError, match=r"rows exceed the bank's capacity of .*: raise bank\.capacity"):
+        link.put(np.arange(ROWS, 3 * ROWS), np.tile(rows, (2, 1)), np.tile(rows, (2, 1)), 0)
+
+
 def test_a_bank_that_answers_nothing_ends_the_run(started):
     link, actors = started(shards=2, max_missed=3)
     cluster.stop_actors(actors)

@@ -15,6 +15,7 @@ from ask_dist.bank.messages import EXTERNAL
 from ask_dist.errors import InputError
 from ask_dist.evaluate.external import build
 from ask_dist.models.saved import digest, load_model, load_weights
+from ask_dist.train.loop import load_shards
 from ask_dist.train.start import check_start
 from tests.finished_run import noise_corpus, untrained_run
 
@@ -40,7 +41,8 @@ def bank(corpus: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def check(run: Path, bank: Path | None, *overrides: str) -> None:
     given = [f"model.from={run}", *([f"bank.from={bank}"] if bank else []), *overrides]
-    check_start(configuration.load(run / "config.yaml", given))
+    config = configuration.load(run / "config.yaml", given)
+    check_start(config, load_shards(config))
 
 
 def test_a_run_may_start_from_weights_and_the_bank_that_they_encoded(run, bank, tmp_path):
@@ -57,7 +59,7 @@ def test_a_run_may_start_from_weights_and_the_bank_that_they_encoded(run, bank, 
         ("model.embedding_dim=16", r"^model\.embedding_dim is 16, but model\.from=.* was trained with 32: set that$"),
         ("model.text.heads=4", r"^model\.text\.heads is 4, but"),
         ("data.sample_rate=8000", r"^data\.sample_rate is 8000, but"),
-        ("bank.capacity=11", r"holds 12 rows, bank\.capacity is 11; raise it$"),
+        ("bank.capacity=23", r"holds 12 rows, and 12 clips are .*; bank\.capacity is 23, raise it to 24 at least$"),
     ],
 )
 def test_what_does_not_fit_is_named(run, bank, override, line):
