@@ -30,10 +30,12 @@ class HeldOut:
 
     @classmethod
     def of(cls, splits: Mapping[str, ShardList]) -> HeldOut:
-        """Reads all shards of the splits, undecoded; what can't be read is passed over."""
+        """Reads all shards of the splits but `train`, undecoded; what can't be read is passed over."""
         keys: dict[str, str] = {}
         sounds: dict[bytes, str] = {}
         for split, shards in splits.items():
+            if split == "train":
+                continue
             for shard, count in enumerate(shards.counts):
                 for raw in read_clips(shards, shard, 0, count):
                     if raw.key:

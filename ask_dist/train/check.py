@@ -97,9 +97,7 @@ def _audit(shards: dict[str, ShardList], console: Console) -> None:
     if shards["train"].remote:
         return
     with console.status("looking for repeated keys and held-out clips"):
-        found = audit(
-            shards["train"], HeldOut.of({split: listed for split, listed in shards.items() if split != "train"})
-        )
+        found = audit(shards["train"], HeldOut.of(shards))
     for record in found[:SHOWN]:
         line = escape(f"{record['shard']} {record['key']}: {record['reason']}")
         console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)

@@ -51,6 +51,7 @@ class TrainState:
     objective: AskObjective
     loader: TrainLoader
     shards: dict[str, ShardList]
+    held_out: HeldOut
     knowledge: KnowledgeSource | None
     actors: Actors
     total_steps: int
@@ -94,6 +95,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     torch.manual_seed(config.seed)
     vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)
     shards = load_shards(config)
+    held_out = HeldOut.of(shards)
     loader = TrainLoader(
         shards["train"],
         rank=rank,
@@ -108,7 +110,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         max_bad_share=config.data.max_bad_share,
         max_clip_seconds=config.data.max_clip_seconds,
         quarantine=config.run_dir / QUARANTINE,
-        held_out=HeldOut.of({split: listed for split, listed in shards.items() if split != "train"}),
+        held_out=held_out,
     )
     total_steps = run_length(config, loader.steps_per_epoch)
     model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
@@ -125,6 +127,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         objective=AskObjective(config.knowledge, half_life=config.knowledge.half_life * loader.steps_per_epoch),
         loader=loader,
         shards=shards,
+        held_out=held_out,
         knowledge=knowledge,
         actors=actors,
         total_steps=total_steps,

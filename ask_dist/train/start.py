@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch.distributed as dist
 
 from ask_dist.bank import external
 from ask_dist.config import Config
-from ask_dist.data.shards import ShardList
+from ask_dist.data.leaks import HeldOut
+from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, paired_rows
 from ask_dist.models import saved
@@ -34,7 +36,7 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
 
     Raises:
         InputError: `model.from` is no other finished run, or one of another architecture; `bank.from` is no bank, or
-            not one that these weights encoded, or does not fit.
+            not one that these weights encoded, does not fit, or holds clips that this run is tested on.
     """
     if config.model.source is None:
         return
@@ -54,6 +56,12 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
                 f"bank.from={config.bank.source} holds {rows} rows, and {anchors} clips are encoded before the first "
                 f"step; bank.capacity is {config.bank.capacity}, raise it to {rows + anchors} at least"
             )
+        found = np.isin([stable_id(key) for key in HeldOut.of(shards).keys], state["ids"]).sum()
+        if found:
+            raise InputError(
+                f"bank.from={config.bank.source} holds {found} clips of data.validation or data.test; build it again "
+                "without them, or test on others"
+            )
 
 
 def encode_anchors(state: TrainState) -> None:
@@ -61,8 +69,8 @@ def encode_anchors(state: TrainState) -> None:
 
     External rows are right at step 0. Only rows that are known then and later tell how they have drifted since.
     """
-    shards = state.shards["train"]
-    part = encode(state.engine.whole(), shards, state.config, state.rank, state.world_size, limit=ANCHORS)
+    model, shards = state.engine.whole(), state.shards["train"]
+    part = encode(model, shards, state.config, state.rank, state.world_size, limit=ANCHORS, held_out=state.held_out)
     if state.knowledge is not None:
         state.knowledge.put(*paired_rows(part), global_step=0)
     dist.barrier()

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.ray
 EXTERNAL_CLIPS = 60
 
 
-def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(config_file: Path, tmp_path: Path):
+def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(
+    config_file: Path, tones: Path, tmp_path: Path
+):
     first, bank = tmp_path / "runs" / "tones", tmp_path / "bank"
     done = ask_dist("train", config_file, "optimization.epochs=8")
     assert done.returncode == 0, done.stderr
@@ -30,7 +32,8 @@ def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(c
     assert not (tmp_path / "runs" / "second").exists()
 
     lively = ["refine.interval=0", "refine.cpu_share=1", "optimization.epochs=80", "optimization.evaluate_every=40"]
-    done = ask_dist("train", config_file, *given, *lively)
+    leaking = [f"data.train=[{tones / 'train'},{tones / 'validation'}]", "data.max_bad_share=0.5"]
+    done = ask_dist("train", config_file, *given, *leaking, *lively)
     assert done.returncode == 0, done.stderr
     second = tmp_path / "runs" / "second"
     rows = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
@@ -39,7 +42,7 @@ def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(c
         told |= row
     assert told["bank/external_rows"] == EXTERNAL_CLIPS
     assert 0 < told["bank/external_share"] < 1
-    assert told["bank/rows"] == 160 + EXTERNAL_CLIPS
+    assert told["bank/rows"] == 160 + EXTERNAL_CLIPS  # and none of the validation clips that lie in training shards
     assert told["refine/failures"] == 0
     # Measured on rows that were set aside, from the first frame to now.
     assert told["refine/external_stale"] >= EXTERNAL_CLIPS

@@ -67,6 +67,13 @@ def test_what_does_not_fit_is_named(run, bank, override, line):
         check(run, bank, override)
 
 
+def test_a_bank_of_clips_that_the_run_is_tested_on_is_refused(run, bank, tmp_path):
+    tested = noise_corpus(tmp_path / "test", 3)
+    check(run, None, f"data.test={tested}")
+    with pytest.raises(InputError, match=r"holds 3 clips of data\.validation or data\.test; build it again"):
+        check(run, bank, f"data.test={tested}")
+
+
 def test_rows_of_other_weights_are_refused(corpus, run, bank, tmp_path):
     other = untrained_run(tmp_path / "other", corpus, seed=1)
     assert digest(other) != digest(run)
