@@ -263,7 +263,8 @@ def shard_state(states: Iterable[State], shard: int, shards: int) -> State:
 def whole_metrics(shards: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, float]:
     """`KnowledgeBank.metrics()` of a bank from those of each shard's primary and its replicas; {} is not known.
 
-    A search visits every shard and counts once; replicas answer as primaries do. Of what can't be added up the worst shard's counts.
+    A search visits every shard and counts once; replicas answer as primaries do. Of what can't be added up the worst
+    shard's counts.
     """
     primaries = [actors[0] for actors in shards]
     if not all(primaries):
