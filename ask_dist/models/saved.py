@@ -42,7 +42,7 @@ def load_model(run_dir: Path) -> tuple[Config, DualEncoder]:
     config = load_config(run_dir)
     folder = run_dir / "model"
     vocabulary = Vocabulary.load(folder / Vocabulary.FILE)
-    model = build_dual_encoder(_described(config.model, folder), config.data.sample_rate, vocabulary)
+    model = build_dual_encoder(described(config.model, run_dir), config.data.sample_rate, vocabulary)
     load_weights(model, run_dir)
     return config, model.eval()
 
@@ -79,8 +79,9 @@ def digest(run_dir: Path) -> str:
     return whole.hexdigest()
 
 
-def _described(config: Model, folder: Path) -> Model:
-    """The same model with the run's own descriptions of its encoders as their sources."""
+def described(config: Model, run_dir: Path) -> Model:
+    """The same model with a finished run's own descriptions of its encoders as their sources."""
+    folder = run_dir / "model"
     towers = {
         name: getattr(config, name).model_copy(update={"source": str(folder / name)})
         for name in ("audio", "text")

@@ -30,7 +30,7 @@ from ask_dist.errors import InputError
 from ask_dist.evaluate.drift import out_of_span_share
 from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
-from ask_dist.models.dual_encoder import Features, build_dual_encoder
+from ask_dist.models.dual_encoder import Features
 from ask_dist.models.saved import load_weights
 from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
@@ -113,7 +113,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         held_out=held_out,
     )
     total_steps = run_length(config, loader.steps_per_epoch)
-    model = build_dual_encoder(config.model, config.data.sample_rate, vocabulary)
+    model = start.new_model(config, vocabulary)
     if config.model.source is not None:
         load_weights(model, config.model.source)
     actors = job["actors"]

@@ -14,6 +14,8 @@ from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, paired_rows
 from ask_dist.models import saved
+from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from ask_dist.models.text import Vocabulary
 
 if TYPE_CHECKING:
     from ask_dist.train.loop import TrainState
@@ -62,6 +64,15 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
                 f"bank.from={config.bank.source} holds {found} clips of data.validation or data.test; build it again "
                 "without them, or test on others"
             )
+
+
+def new_model(config: Config, vocabulary: Vocabulary) -> DualEncoder:
+    """The model of a run before its first step, without the weights of `model.from`.
+
+    Folders and files that the pretrained encoders of that run came from are not needed again.
+    """
+    model = config.model if config.model.source is None else saved.described(config.model, config.model.source)
+    return build_dual_encoder(model, config.data.sample_rate, vocabulary)
 
 
 def encode_anchors(state: TrainState) -> None:

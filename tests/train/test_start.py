@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import EXTERNAL
 from ask_dist.errors import InputError
 from ask_dist.evaluate.external import build
-from ask_dist.models.saved import digest, load_model, load_weights
+from ask_dist.models.saved import digest, load_model, load_weights, save_model
+from ask_dist.models.text import Vocabulary
 from ask_dist.train.loop import load_shards
-from ask_dist.train.start import check_start
+from ask_dist.train.start import check_start, new_model
 from tests.finished_run import noise_corpus, untrained_run
+from tests.models.conftest import CAPTIONS, needs_pretrained
+from tests.models.towers import save_clap
 
 CLIPS = 12
 
@@ -72,6 +76,22 @@ def test_a_bank_of_clips_that_the_run_is_tested_on_is_refused(run, bank, tmp_pat
     check(run, None, f"data.test={tested}")
     with pytest.raises(InputError, match=r"holds 3 clips of data\.validation or data\.test; build it again"):
         check(run, bank, f"data.test={tested}")
+
+
+def test_the_folders_of_pretrained_encoders_are_not_needed_again(tmp_path):
+    needs_pretrained()
+    clap, run, vocabulary = save_clap(tmp_path / "clap"), tmp_path / "run", Vocabulary.train(CAPTIONS, 300)
+    tree = {"name": "clap", "data": {"train": "x", "sample_rate": 8000}}
+    towers = {"audio": {"name": "clap-htsat"}, "text": {"name": "clap-text", "max_tokens": 16}}
+    model = {"embedding_dim": 12, "projection": "none"}
+    placed = {name: tower | {"source": str(clap)} for name, tower in towers.items()}
+    first = new_model(configuration.parse(tree | {"model": model | placed}), vocabulary)
+    save_model(run / "model", first)
+    shutil.rmtree(clap)
+    for given in (placed, towers):
+        second = new_model(configuration.parse(tree | {"model": model | given | {"from": str(run)}}), vocabulary)
+        load_weights(second, run)
+        assert all(value.equal(second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
 def test_rows_of_other_weights_are_refused(corpus, run, bank, tmp_path):
