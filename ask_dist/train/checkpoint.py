@@ -59,8 +59,11 @@ def lineage(config: Config, data_fingerprint: str) -> str:
     What may change on resume (more epochs, other logging, another ZeRO stage, other actors' resources) is left out, and
     so is where the run's weights and encoders once came from.
     """
-    places = {"source": True, "audio": {"source"}, "text": {"source"}}
-    tree = config.model_dump(mode="json", include={"model", "seed", "knowledge"}, exclude={"model": places})
+    tree = config.model_dump(
+        mode="json",
+        include={"model", "seed", "knowledge"},
+        exclude={"model": {"source": True, "audio": {"source"}, "text": {"source"}}},
+    )
     tree["global_batch_size"] = config.global_batch_size
     tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
