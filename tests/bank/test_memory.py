@@ -438,9 +438,10 @@ def test_searches_and_writes_go_on_while_inverted_files_are_built(kind):
     bank.maintain()
     state = bank.state()
     exact = KnowledgeBank.from_state(state, dim=DIM, capacity=5000, dtype="float32")
+    near = 1e-2 if kind == "ivf_pq" else 1e-4  # codes tell rows this near to each other apart less well
     for modality in ("audio", "text"):
         scores, _ = bank.search(state[modality][:50], 1, modality)
-        np.testing.assert_allclose(scores, exact.search(state[modality][:50], 1, modality)[0], atol=1e-4)
+        np.testing.assert_allclose(scores, exact.search(state[modality][:50], 1, modality)[0], atol=near)
 
 
 def test_a_text_alone_is_found_by_text_and_never_by_audio(rng):
