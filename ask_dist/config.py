@@ -82,12 +82,25 @@ class Data(Section):
     cache_gib: Positive = Field(20.0, description="size of that folder, beyond the shards that are being read")
 
 
+class Lora(Section):
+    """Low-rank adapters of a tower (Hu et al. 2021): they learn in place of its own weights."""
+
+    rank: Count = 8
+    alpha: Positive = Field(16.0, description="what an adapter adds is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="of what an adapter sees")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        ("query", "value", "q_proj", "v_proj", "q", "v"), description="names of the layers that get one"
+    )
+
+
 class AudioModel(Section):
     """The audio encoder, by its registered name."""
 
     name: str = "conv"
     source: str | None = Field(None, description="of a pretrained one: its folder or file, or the id of a hub")
     freeze: bool = Field(False, description="its weights stay as they are")
+    unfreeze_at: Share | None = Field(None, description="share of the run after which a frozen tower learns")
+    lora: Lora | None = Field(None, description="adapters that learn in place of its weights; null: none")
     width: Count = Field(24, description="of conv")
     mel_bins: Count = Field(64, description="of conv")
     options: dict[str, Any] = Field({}, description="settings of an encoder that another package registers")
@@ -99,6 +112,8 @@ class TextModel(Section):
     name: str = "transformer"
     source: str | None = Field(None, description="of a pretrained one: its folder, or the id of a hub")
     freeze: bool = Field(False, description="its weights stay as they are")
+    unfreeze_at: Share | None = Field(None, description="share of the run after which a frozen tower learns")
+    lora: Lora | None = Field(None, description="adapters that learn in place of its weights; null: none")
     pooling: Literal["mean", "cls"] = Field("mean", description="of automodel: a caption's vector from its tokens'")
     width: Count = Field(128, description="of transformer")
     layers: Count = Field(1, description="of transformer")
@@ -129,10 +144,17 @@ class Optimization(Section):
     micro_batch_size: Count = Field(32, description="pairs a worker and step")
     learning_rate: Positive = 1e-3
     weight_decay: Weight = 0.02
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="each block of a tower has the rate of the one above it times this"
+    )
     warmup_share: Share = 0.05
     gradient_clip: Weight = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None, description="of an average of the weights, which evaluation and the saved model use; null: none"
+    )
+    activation_checkpointing: bool = Field(False, description="compute blocks again in the backward pass")
     deterministic: bool = Field(False, description="wait for every answer of the bank")
     log_every: Count = 10
     evaluate_every: Positive = Field(2.0, description="epochs between evaluations on the validation shards")
@@ -259,6 +281,16 @@ class Config(Section):
         if self.model.text.width % self.model.text.heads:
             text = self.model.text
             raise ValueError(f"model.text.width={text.width} is no multiple of model.text.heads={text.heads}")
+        for side, tower in (("audio", self.model.audio), ("text", self.model.text)):
+            if tower.unfreeze_at is not None and not tower.freeze:
+                raise ValueError(
+                    f"model.{side}.unfreeze_at={tower.unfreeze_at} is of a frozen tower; set model.{side}.freeze=true"
+                )
+            if tower.lora is not None and tower.freeze:
+                raise ValueError(
+                    f"model.{side}.freeze=true leaves nothing of model.{side}.lora to learn, which freezes the tower's "
+                    "own weights itself; leave one out"
+                )
         if self.optimization.deterministic and self.bank.replicas > 1:
             raise ValueError(
                 f"bank.replicas={self.bank.replicas} follow their shard by the clock, which "

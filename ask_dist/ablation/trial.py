@@ -31,7 +31,8 @@ from ask_dist.losses.objective import AskObjective
 from ask_dist.losses.siglip import siglip
 from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.processor import use_cpu
-from ask_dist.train.engine import learning_rate, parameter_groups
+from ask_dist.train.engine import learning_rate
+from ask_dist.train.parameters import parameter_groups
 
 ENCODE_BATCH = 128
 GRAD_CACHE_CHUNK = 32

@@ -49,7 +49,7 @@ def build_audio_encoder(config: Model, sample_rate: int) -> AudioEncoder:
             f"data.sample_rate={sample_rate} does not fit model.audio.name={config.audio.name}; "
             f"set it to {encoder.sample_rate}"
         )
-    return encoder.freeze() if config.audio.freeze else encoder
+    return encoder.freeze(config.audio.unfreeze_at) if config.audio.freeze else encoder
 
 
 class LogMel(nn.Module):

@@ -37,6 +37,8 @@ class ClapAudioEncoder(FixedStatistics, AudioEncoder):
         InputError: transformers is not installed, or can't read the folder.
     """
 
+    before_blocks = ("batch_norm",)
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.network = load_network(folder, "ClapAudioModelWithProjection")

@@ -64,6 +64,9 @@ class Cnn14Encoder(FixedStatistics, AudioEncoder):
     def assets(self) -> dict[str, bytes]:
         return {f"audio/{SAVED}": b"{}"}
 
+    def tower_blocks(self) -> list[nn.Module]:
+        return [self.get_submodule(f"conv_block{number}") for number in range(1, len(CHANNELS) + 1)]
+
     def load(self, path: Path) -> None:
         """Takes the weights of a checkpoint: a mapping with `model`, or the weights themselves.
 
@@ -92,8 +95,8 @@ class Cnn14Encoder(FixedStatistics, AudioEncoder):
         """float32 [batch, samples] -> [batch, 2048]."""
         x = self.front_end(audio).to(self.fc1.weight.dtype)
         x = self.bn0(x.transpose(1, 3)).transpose(1, 3)
-        for number in range(1, len(CHANNELS) + 1):
-            x = self.get_submodule(f"conv_block{number}")(x)
+        for number, block in enumerate(self.tower_blocks(), 1):
+            x = block(x)
             if number < len(CHANNELS):
                 x = nn.functional.avg_pool2d(x, 2)
             x = nn.functional.dropout(x, 0.2, self.training)

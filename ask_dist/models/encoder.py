@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
+import torch
 from torch import nn
 
 from ask_dist.errors import InputError
@@ -19,24 +20,61 @@ class Encoder(nn.Module):
 
     Attributes:
         output_dim: width of the vectors that it gives.
+        before_blocks: names of layers that come before the blocks, though they are registered after them.
+        held: frozen for now; `thaws_at`: until this share of the run.
     """
 
     output_dim: int
+    before_blocks: tuple[str, ...] = ()
+    held: bool = False
+    thaws_at: float = 0.0
 
     def assets(self) -> dict[str, bytes]:
         """The files (name -> bytes) beside the weights that a saved run needs to build the encoder again."""
         return {}
 
-    def freeze(self) -> Self:
+    def tower_blocks(self) -> list[nn.Module]:
+        """The layers of the tower in order of depth, the first nearest to the input; front end and heads are none.
+
+        By default the entries of its list (`ModuleList`, `Sequential`) with the most weights; empty where it has none.
+        """
+        lists = [module for module in self.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+        largest = max(lists, key=_weights, default=nn.ModuleList())
+        return [block for block in largest if _weights(block)]
+
+    def freeze(self, until: float | None = None) -> Self:
         """From now on the weights take no gradient, and the encoder stays in evaluation mode when its model trains.
 
         `requires_grad_(True)` lifts both: the weights learn, and `train()` reaches the layers again.
+
+        Args:
+            until: share of a run after which `advance` lifts both instead. The weights keep `requires_grad`, so that
+                an optimizer can know them from its start; what the encoder computes till then does not lead to them.
         """
-        self.requires_grad_(False)
+        if until is None:
+            self.requires_grad_(False)
+        else:
+            self.thaws_at, self.held = until, True
         return self.eval()
 
+    def advance(self, progress: float) -> None:
+        """Tells an encoder that is frozen until a share of the run how much of it lies behind."""
+        held = progress < self.thaws_at
+        if held != self.held:
+            self.held = held
+            self.train(not held)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.held):
+            return super().__call__(*inputs, **named)
+
     def train(self, mode: bool = True) -> Self:
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        learns = not self.held and any(parameter.requires_grad for parameter in self.parameters())
+        return super().train(mode and learns)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class Registry(Generic[Factory]):

@@ -49,6 +49,8 @@ class FolderTextEncoder(TextEncoder):
         InputError: transformers is not installed, or can't read the folder as such an encoder.
     """
 
+    before_blocks = ("relative_attention_bias", "rel_embeddings")  # of MPNet, of DeBERTa
+
     def __init__(
         self, folder: Path, max_tokens: int, pooling: Literal["mean", "cls"] = "mean", kind: str = "AutoModel"
     ) -> None:

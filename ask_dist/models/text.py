@@ -52,7 +52,7 @@ def build_text_encoder(config: Model, vocabulary: Vocabulary) -> TextEncoder:
         InputError: nobody registered it, or its own files can't be used.
     """
     encoder = _REGISTRY.find(config.text.name)(config, vocabulary)
-    return encoder.freeze() if config.text.freeze else encoder
+    return encoder.freeze(config.text.unfreeze_at) if config.text.freeze else encoder
 
 
 class Vocabulary:

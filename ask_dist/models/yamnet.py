@@ -55,6 +55,10 @@ class YamnetEncoder(AudioEncoder):
         super().__init__()
         self.network = nn.Sequential(*_layers())
         self.classifier = nn.Linear(PATCH_DIM, CLASSES)
+        # The first convolution with its padding and ReLU, then five layers for each pair. A plain list: registered, the
+        # weights would have a second name each.
+        starts = [0, *range(3, len(self.network), 5)]
+        self._blocks = [self.network[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
         archive = _archive()
         layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         try:
@@ -66,6 +70,9 @@ class YamnetEncoder(AudioEncoder):
     def forward(self, audio: Tensor) -> Tensor:
         """float32 [batch, samples] -> [batch, 2048]."""
         return self.pool(self.patches(audio))
+
+    def tower_blocks(self) -> list[nn.Module]:
+        return list(self._blocks)
 
     def pool(self, patches: Tensor) -> Tensor:
         """Mean and maximum over the patches that sound: [batch, patches, 1024] -> [batch, 2048].
@@ -89,7 +96,12 @@ class YamnetEncoder(AudioEncoder):
         at_once = AT_ONCE_CPU if audio.device.type == "cpu" else AT_ONCE
         together = images.flatten(0, 1).unsqueeze(1)
         parts = [together] if torch.onnx.is_in_onnx_export() else together.split(at_once)
-        return torch.cat([self.network(part) for part in parts]).mean(dim=(2, 3)).view(batch, patches, PATCH_DIM)
+        return torch.cat([self._through(part) for part in parts]).mean(dim=(2, 3)).view(batch, patches, PATCH_DIM)
+
+    def _through(self, images: Tensor) -> Tensor:
+        for block in self._blocks:
+            images = block(images)
+        return images
 
     def scores(self, audio: Tensor) -> Tensor:
         """Probabilities of the classes of `class_names`, each by itself: -> [batch, patches, 521]."""

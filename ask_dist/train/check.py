@@ -21,6 +21,7 @@ from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.objective import AskObjective
+from ask_dist.models.lora import add_adapters
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import loop
 from ask_dist.train.run import check_data, steps_per_epoch
@@ -68,6 +69,7 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
         raise InputError(f"{config.data.train} has no readable caption; pack it again")
     vocabulary = Vocabulary.train(sentences, config.model.text.vocabulary)
     model = new_model(config, vocabulary)
+    add_adapters(model, config.model)
     audio = 0.1 * torch.randn(size, round(config.data.clip_seconds * config.data.sample_rate))
     tokens = model.text.tokenize([sentences[i % len(sentences)] for i in range(size)])
     start = time.perf_counter()

@@ -63,6 +63,7 @@ def lineage(config: Config, data_fingerprint: str) -> str:
         mode="json",
         include={"model", "seed", "knowledge"},
         exclude={"model": {"source": True, "audio": {"source"}, "text": {"source"}}},
+        exclude_none=True,  # settings that a run does not use, such as those of later versions
     )
     tree["global_batch_size"] = config.global_batch_size
     tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]

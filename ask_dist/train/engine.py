@@ -13,8 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ask_dist.config import Optimization
+from ask_dist.models.lora import adapted, merged
+from ask_dist.train.parameters import encoders, parameter_groups
+from ask_dist.train.recompute import recompute_blocks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"  # of the weights; kept beside Adam's moments, and in parts over the ranks as they are
 
 
 def learning_rate(optimization: Optimization, global_step: int, total_steps: int) -> float:
@@ -24,15 +28,6 @@ def learning_rate(optimization: Optimization, global_step: int, total_steps: int
         return optimization.learning_rate * (global_step + 1) / warmup
     done = (global_step - warmup) / max(1, total_steps - warmup)
     return optimization.learning_rate * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay; norms, biases and the logit_scale without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 @dataclass(frozen=True)
@@ -63,10 +58,16 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.optimization = optimization
         self.total_steps = total_steps
+        self._thawing = {name: encoder for name, encoder in encoders(model).items() if encoder.thaws_at > 0.0}
+        self._averaged = optimization.ema_decay is not None
+        self._kept = (*MOMENTS, AVERAGE) if self._averaged else MOMENTS
         self.global_step = 0
         self.device = device
-        self._copy = copy.deepcopy(model).to(device) if optimization.zero_stage == 3 else None
-        groups = parameter_groups(model, optimization.weight_decay)
+        apart = optimization.zero_stage == 3 or self._averaged or adapted(model)
+        self._copy = copy.deepcopy(model).to(device) if apart else None
+        if optimization.activation_checkpointing:
+            recompute_blocks(model)
+        groups = parameter_groups(model, optimization.weight_decay, optimization.layer_decay)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=torch.optim.AdamW(groups, lr=optimization.learning_rate, betas=(0.9, 0.98), eps=1e-6),
@@ -76,6 +77,17 @@ class Engine:
         self._create_moments()
 
     @property
+    def global_step(self) -> int:
+        """Steps that lie behind, those that were skipped too. Encoders that are frozen until a step follow it."""
+        return self._global_step
+
+    @global_step.setter
+    def global_step(self, step: int) -> None:
+        self._global_step = step
+        for encoder in self._thawing.values():
+            encoder.advance(step / self.total_steps)
+
+    @property
     def module(self) -> nn.Module:
         """The model as it is trained; under ZeRO 3 its weights lie in parts on all ranks."""
         return self.deepspeed.module
@@ -83,6 +95,7 @@ class Engine:
     def whole(self) -> nn.Module:
         """The model with every weight on this rank, for evaluation and export. A collective.
 
+        With `ema_decay` it has the average of the weights; adapters are merged into them.
         Under ZeRO 3 it is a copy: the trained model collects its weights layer by layer from all ranks, which would
         wait for ever on ranks that have fewer batches to evaluate.
         """
@@ -90,10 +103,10 @@ class Engine:
             return self.module
         with torch.no_grad():
             for ours, trained in zip(self._copy.parameters(), self.module.parameters(), strict=True):
-                ours.copy_(self._full(trained, None))
+                ours.copy_(self._full(trained, AVERAGE if self._averaged and trained.requires_grad else None))
             for buffer, current in zip(self._copy.buffers(), self.module.buffers(), strict=True):
                 buffer.copy_(current)
-        return self._copy
+        return merged(self._copy)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward pass through the engine, so that its hooks run."""
@@ -107,8 +120,9 @@ class Engine:
         """Clips, updates, and advances global_step."""
         rate = learning_rate(self.optimization, self.global_step, self.total_steps)
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = 0.0 if self._is_held(group) else rate * group["scale"]
         self.deepspeed.step()
+        self._follow_update()
         self.global_step += 1
         return StepResult(rate, float(self.deepspeed.get_global_grad_norm() or 0.0))
 
@@ -117,14 +131,16 @@ class Engine:
         self.global_step += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and Adam moments, whole and in fp32, by parameter name: independent of world_size and ZeRO stage.
+        """Weights, their average and Adam's moments, whole and in fp32, by parameter name: independent of world_size
+        and ZeRO stage.
 
         A collective: every rank must call it; every rank gets the same tensors, on the CPU.
         """
         state = {"global_step": torch.tensor(self.global_step), "updates": torch.tensor(self._updates())}
+        state |= {f"updates.{name}": torch.tensor(self._updates(name)) for name in self._thawing}
         for name, parameter in self.module.named_parameters():
             state[f"model.{name}"] = self._full(parameter, None)
-            for moment in MOMENTS if parameter.requires_grad else ():
+            for moment in self._kept if parameter.requires_grad else ():
                 state[f"{moment}.{name}"] = self._full(parameter, moment)
         for name, buffer in self.module.named_buffers():
             state[f"buffer.{name}"] = buffer.detach().cpu().clone()
@@ -141,31 +157,57 @@ class Engine:
                 parameter.data.copy_(state[f"model.{name}"])
             if parameter.requires_grad:
                 self._set_full(parameter, None, state[f"model.{name}"])
-                for moment in MOMENTS:
-                    self._set_full(parameter, moment, state[f"{moment}.{name}"])
-        for entry in self._optimizer().state.values():
-            entry["step"] = state["updates"].float().clone()
+                for moment in self._kept:  # an average that the run did not have begins with the weights
+                    self._set_full(parameter, moment, state.get(f"{moment}.{name}", state[f"model.{name}"]))
+        for group, master in self._masters():
+            updates = state.get(f"updates.{group['tower']}", state["updates"])
+            self._optimizer().state[master]["step"] = updates.float().clone()
         for name, buffer in self.module.named_buffers():
             buffer.copy_(state[f"buffer.{name}"])
 
     def _create_moments(self) -> None:
-        """Adam's moments from the start, reachable by parameter.
+        """Adam's moments, and the average, from the start, reachable by parameter.
 
         DeepSpeed creates them in the first step and, with ZeRO 1 and 2, links those of the first parameter group only
         (0.19.8 links after that group's step, when the others have none yet).
         """
         inner, outer = self._optimizer(), self.deepspeed.optimizer
-        whole = [p for group in inner.param_groups for p in group["params"]]
-        for parameter in getattr(outer, "fp32_partitioned_groups_flat", whole):
-            if not inner.state[parameter]:
-                zeros = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-                inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        for _, master in self._masters():
+            if not inner.state[master]:
+                zeros = {moment: torch.zeros_like(master) for moment in MOMENTS}
+                inner.state[master] = {"step": torch.tensor(0.0), **zeros}
+            if self._averaged:
+                inner.state[master][AVERAGE] = master.detach().clone()
         if self.optimization.zero_stage in (1, 2):
             from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
             for weights, flat in zip(outer.bit16_groups, outer.single_partition_of_fp32_groups, strict=True):
                 lazy_init_hp_params_optimizer_state(weights, flat, inner.state)
             outer._hp_optimizer_states_linked = True
+
+    def _masters(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """The tensors that AdamW updates on this rank, each with its group: parameters, or flat parts of several."""
+        groups, outer = self._optimizer().param_groups, self.deepspeed.optimizer
+        if self.optimization.zero_stage == 3:  # the groups are empty between steps
+            owners = outer.sub_group_to_group_id
+            return [(groups[owners[i]], part) for i, part in enumerate(outer.fp32_partitioned_groups_flat)]
+        return [(group, part) for group in groups for part in group["params"]]
+
+    def _is_held(self, group: dict[str, Any]) -> bool:
+        return group["tower"] is not None and self._thawing[group["tower"]].held
+
+    @torch.no_grad()
+    def _follow_update(self) -> None:
+        """Adam's count stays at 0 for a frozen tower, so that its bias correction begins when the tower learns; the
+        moments do by themselves, since it has no gradient. Then the average follows the weights."""
+        state, masters = self._optimizer().state, self._masters()
+        for group, master in masters:
+            if self._is_held(group):
+                state[master]["step"].zero_()
+        if self.optimization.ema_decay is not None:
+            weights = [master for _, master in masters]
+            averages = [state[master][AVERAGE] for master in weights]
+            torch._foreach_lerp_(averages, weights, 1.0 - self.optimization.ema_decay)
 
     def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
         """The optimizer's fp32 copy of a parameter (of a frozen one the weights), or one of its moments."""
@@ -209,9 +251,13 @@ class Engine:
         optimizer = self.deepspeed.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
-    def _updates(self) -> int:
-        """Adam's own step count, for its bias correction; steps that were skipped do not count."""
-        return max((int(entry["step"]) for entry in self._optimizer().state.values() if "step" in entry), default=0)
+    def _updates(self, tower: str | None = None) -> int:
+        """Adam's own step count, for its bias correction; steps that were skipped do not count.
+
+        Of all parameters but those of towers that are frozen until a step, or of one of these.
+        """
+        state = self._optimizer().state
+        return max((int(state[part]["step"]) for group, part in self._masters() if group["tower"] == tower), default=0)
 
 
 def _deepspeed_config(optimization: Optimization) -> dict[str, Any]:

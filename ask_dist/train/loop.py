@@ -31,6 +31,7 @@ from ask_dist.evaluate.drift import out_of_span_share
 from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
 from ask_dist.models.dual_encoder import Features
+from ask_dist.models.lora import add_adapters
 from ask_dist.models.saved import load_weights
 from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
@@ -116,6 +117,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     model = start.new_model(config, vocabulary)
     if config.model.source is not None:
         load_weights(model, config.model.source)
+    add_adapters(model, config.model)
     actors = job["actors"]
     knowledge = KnowledgeSource(config, actors, device, rank) if actors.bank else None
     metrics = config.run_dir / "metrics.jsonl"
@@ -206,8 +208,9 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         features: Features = engine(batch.audio.to(device, non_blocking=True), tokens)
     probe = (step + 1) % state.config.optimization.log_every == 0
     if probe:
-        features.audio_features.retain_grad()
-        features.text_features.retain_grad()
+        for rows in features[:2]:
+            if rows.requires_grad:  # not those of a frozen tower without a projection
+                rows.retain_grad()
     with clock("loss"):
         output = state.objective(*features, ids, valid, neighbours, state.progress)
         loss, pairs, finite = _agree(output.loss, valid)

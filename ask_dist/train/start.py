@@ -27,8 +27,8 @@ MAY_DIFFER = {
     "dropout": True,
     "logit_scale_init": True,
     "logit_scale_max": True,
-    "audio": {"source", "freeze"},
-    "text": {"source", "freeze", "vocabulary"},
+    "audio": {"source", "freeze", "unfreeze_at", "lora"},
+    "text": {"source", "freeze", "unfreeze_at", "lora", "vocabulary"},
 }
 ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
 

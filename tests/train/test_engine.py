@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ask_dist.config import Optimization
-from ask_dist.train.engine import Engine, learning_rate, parameter_groups
+from ask_dist.train.engine import Engine, learning_rate
 from tests.ranks import run_ranks
 
 GLOBAL_BATCH, TOTAL_STEPS, BEFORE, AFTER = 8, 20, 5, 4
@@ -201,13 +201,3 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
 def test_the_learning_rate_is_positive_on_short_runs(warmup_share, total):
     settings = Optimization(learning_rate=1.0, warmup_share=warmup_share)
     assert all(0.0 < learning_rate(settings, step, total) <= 1.0 for step in range(total + 1))
-
-
-def test_only_matrices_decay():
-    network = Network()
-    decayed, plain = parameter_groups(network, 0.02)
-    layers = network.layers
-    assert {id(p) for p in decayed["params"]} == {id(layers[i].weight) for i in (0, 3)}
-    wanted = {id(layers[i].bias) for i in (0, 1, 3)} | {id(layers[1].weight), id(network.log_scale)}
-    assert {id(p) for p in plain["params"]} == wanted
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.02, 0.0)

@@ -1,0 +1,60 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): peft puts them into a tower whose own weights then stay as they are."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from ask_dist.config import Lora, Model
+from ask_dist.errors import InputError
+from ask_dist.models.dual_encoder import DualEncoder
+from ask_dist.models.encoder import Encoder
+from ask_dist.models.pretrained import first_line, optional_module
+
+
+def add_adapters(model: DualEncoder, config: Model) -> None:
+    """Gives the towers the adapters that the configuration asks for; at first they change nothing of what a tower says.
+
+    To be called once the weights are those that the run starts from: their names change.
+
+    Raises:
+        InputError: peft is not installed, or the tower has no layer of the names in `targets`.
+    """
+    for side, encoder, lora in (
+        ("audio", model.audio, config.audio.lora),
+        ("text", model.text, config.text.lora),
+    ):
+        if lora is not None:
+            _add(encoder, lora, f"model.{side}.lora")
+
+
+def adapted(model: nn.Module) -> bool:
+    """Whether the model has adapters."""
+    return any(".lora_" in name for name, _ in model.named_parameters())
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy whose weights have the adapters added to them, under the names from before; the model itself without."""
+    if not adapted(model):
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    plain = copy.deepcopy(model)
+    for name, layer in list(plain.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            plain.set_submodule(name, layer.get_base_layer())
+    return plain
+
+
+def _add(encoder: Encoder, lora: Lora, setting: str) -> None:
+    peft = optional_module("peft", setting)
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    adapters = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
+    )
+    try:
+        peft.inject_adapter_in_model(adapters, encoder)  # freezes all other weights too
+    except ValueError as error:  # no such layer, or one of a kind that takes no adapter
+        raise InputError(f"{setting}.targets={targets}: {first_line(error)}; name other layers") from None
