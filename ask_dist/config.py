@@ -417,4 +417,6 @@ def _section(schema: type[BaseModel], location: list[str]) -> type[BaseModel]:
             section = section.model_fields[part].annotation
         else:  # a mapping's values, or a tuple's entries
             section = next(kind for kind in reversed(get_args(section)) if kind is not Ellipsis)
+        if type(None) in get_args(section):  # a section that may be left out
+            section = get_args(section)[0]
     return section

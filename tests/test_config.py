@@ -66,6 +66,7 @@ def test_the_defaults_are_a_whole_run():
         ("optimisation.epochs=1", "did you mean optimization?"),
         ("knowledge.reliability.gama=1", "did you mean knowledge.reliability.gamma?"),
         ("data.trian=x", "did you mean data.train?"),
+        ("model.audio.lora.rnk=4", "did you mean model.audio.lora.rank?"),
         ("bank.zzzz=1", "known here: capacity, dtype"),
     ],
 )
@@ -210,6 +211,17 @@ def test_a_configuration_is_read_only():
 def test_bf16_without_gpus_and_uneven_heads_are_refused():
     assert "use fp32" in refusal("optimization.precision=bf16", "cluster.use_gpu=false")
     assert "model.text.heads=3" in refusal("model.text.heads=3")
+
+
+def test_how_a_tower_is_fine_tuned_must_make_sense():
+    message = refusal("model.text.unfreeze_at=0.3")
+    assert message == "model.text.unfreeze_at=0.3 is of a frozen tower; set model.text.freeze=true"
+    assert parse("model.text.unfreeze_at=0.3", "model.text.freeze=true").model.text.unfreeze_at == 0.3
+    assert "leave one out" in refusal("model.audio.lora.rank=4", "model.audio.freeze=true")
+    assert parse("model.audio.lora.targets=all-linear").model.audio.lora.targets == "all-linear"
+    assert parse("model.audio.lora.rank=4").model.audio.lora.targets[:2] == ("query", "value")
+    for override in ("layer_decay=0", "layer_decay=1.1", "ema_decay=0", "ema_decay=1"):
+        assert refusal(f"optimization.{override}").startswith(f"optimization.{override}: ")
 
 
 def test_a_deterministic_run_has_no_replicas():

@@ -159,6 +159,8 @@ class Engine:
                 self._set_full(parameter, None, state[f"model.{name}"])
                 for moment in self._kept:  # an average that the run did not have begins with the weights
                     self._set_full(parameter, moment, state.get(f"{moment}.{name}", state[f"model.{name}"]))
+        if self.optimization.zero_stage == 3:  # a tower that is frozen again has no gradient to write over its last one
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
         for group, master in self._masters():
             updates = state.get(f"updates.{group['tower']}", state["updates"])
             self._optimizer().state[master]["step"] = updates.float().clone()

@@ -203,6 +203,8 @@ def config_with(*overrides: str) -> configuration.Config:
         "optimization.epochs=99",
         "optimization.log_every=3",
         "optimization.zero_stage=3",
+        "optimization.ema_decay=0.99",
+        "model.audio.lora=null",
         "cluster.max_failures=0",
         "data.test=elsewhere",
         "bank.threads=2",
@@ -225,6 +227,7 @@ def test_the_same_global_batch_on_fewer_workers_keeps_the_lineage():
     [
         "seed=1",
         "model.embedding_dim=128",
+        "model.text.lora.rank=4",
         "knowledge.neighbours=4",
         "optimization.micro_batch_size=64",
         "data.lanes=4",
