@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ask_dist import config as configuration
 from ask_dist.errors import InputError
+from ask_dist.export.clap import write_clap
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.lora import adapted, add_adapters, merged
 from ask_dist.models.saved import load_model, save_model
@@ -84,6 +85,10 @@ def test_a_merged_model_says_what_the_adapted_one_says_and_is_saved_as_any_other
     for found, merged_rows, adapted_rows in zip(embeddings(loaded), embeddings(whole), wanted, strict=True):
         torch.testing.assert_close(found, merged_rows, atol=0, rtol=0)
         torch.testing.assert_close(found, adapted_rows, atol=1e-5, rtol=0)
+    write_clap(tmp_path / "exported", loaded, config)
+    exported = build_dual_encoder(config_of(tmp_path / "exported").model, RATE, vocabulary)
+    for found, wanted_rows in zip(embeddings(exported), embeddings(whole), strict=True):
+        torch.testing.assert_close(found, wanted_rows, atol=0, rtol=0)
 
 
 def test_a_model_without_adapters_is_merged_already(model):

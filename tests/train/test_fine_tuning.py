@@ -236,6 +236,16 @@ def test_a_state_of_two_ranks_under_zero_3_goes_on_as_one_rank_under_zero_1(runs
         torch.testing.assert_close(found[name], tensor, atol=0, rtol=0)
 
 
+@pytest.mark.multiprocess
+def test_an_average_that_the_checkpoint_lacks_begins_with_its_weights(runs, tmp_path):
+    state = {name: tensor for name, tensor in runs["plain 2"]["state"].items() if not name.startswith("ema.")}
+    (found,) = run_ranks(taken_over, 1, tmp_path, state, False)
+    averages = {name for name in found if name.startswith("ema.")}
+    assert averages == set(runs["plain 2"]["state"]) - set(state)
+    for name in averages:
+        torch.testing.assert_close(found[name], state[name.replace("ema.", "model.", 1)], atol=0, rtol=0)
+
+
 def taken_over(rank: int, state: dict[str, Tensor], lora: bool) -> dict[str, Tensor]:
     engine = make_engine(stage=1, lora=lora)
     engine.load_state(state)
