@@ -135,7 +135,8 @@ def start_actors(config: Config, steps_per_epoch: int) -> Actors:
     The bank begins with the rows of `bank.from`, where the run names one. The actors belong to the caller's process and
     end with it. All come back after a crash: a shard of the bank with all that was written to it where `bank.durable`
     is set, else as it began, to be filled by the workers' upserts; a replica as a copy of its shard, the refiner with a
-    fresh network. What an earlier run left of its bank goes: a run goes on from checkpoints, which share its snapshots.
+    fresh network. In a deterministic run none comes back, since it would not be what it was: the run ends, for a
+    resume. What an earlier run left of its bank goes: a run goes on from checkpoints, which share its snapshots.
 
     Args:
         config: the run.
@@ -157,8 +158,12 @@ def start_actors(config: Config, steps_per_epoch: int) -> Actors:
         return Actors(bank, None, group)
     from ask_dist.refine.actor import RemoteRefineActor
 
-    refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus).remote(
-        names, prototypes=config.bank.prototypes, seed=config.seed, **config.refine.model_dump()
+    refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus, max_restarts=_restarts(config)).remote(
+        names,
+        prototypes=config.bank.prototypes,
+        seed=config.seed,
+        by_clock=not config.optimization.deterministic,
+        **config.refine.model_dump(exclude={"every"}),
     )
     return Actors(bank, refiner, group)
 
@@ -169,6 +174,11 @@ def stop_actors(actors: Actors) -> None:
         ray.kill(actor)
     if actors.group is not None:
         remove_placement_group(actors.group)
+
+
+def _restarts(config: Config) -> int:
+    """How often Ray restarts an actor; -1: always."""
+    return 0 if config.optimization.deterministic else -1
 
 
 def _spread(config: Config) -> PlacementGroup | None:
@@ -184,6 +194,7 @@ def _bank_actor(
     """One actor of the bank: the first of its shard bears the name, the others follow it."""
     kept = config.run_dir / BANK
     options: dict[str, Any] = {"num_cpus": config.cluster.bank_cpus, "num_gpus": config.cluster.bank_gpus}
+    options["max_restarts"] = _restarts(config)
     if group is not None:
         bundle = shard * config.bank.replicas + copy
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)

@@ -80,6 +80,7 @@ class Data(Section):
     max_clip_seconds: Positive = Field(600.0, description="longer audio is not decoded and counts as unreadable")
     cache_dir: Path | None = Field(None, description="of shards behind URLs; null: ~/.cache/ask-dist/shards")
     cache_gib: Positive = Field(20.0, description="size of that folder, beyond the shards that are being read")
+    audit: bool = Field(False, description="write what each step trained on into the run's audit.jsonl")
 
 
 class Lora(Section):
@@ -155,7 +156,7 @@ class Optimization(Section):
         None, description="of an average of the weights, which evaluation and the saved model use; null: none"
     )
     activation_checkpointing: bool = Field(False, description="compute blocks again in the backward pass")
-    deterministic: bool = Field(False, description="wait for every answer of the bank")
+    deterministic: bool = Field(False, description="nothing goes by the clock: a run can be repeated bit for bit")
     log_every: Count = 10
     evaluate_every: Positive = Field(2.0, description="epochs between evaluations on the validation shards")
     checkpoint_every: Positive = Field(2.0, description="epochs between checkpoints")
@@ -219,6 +220,7 @@ class Refine(Section):
     strategy: Literal["none", "linear", "knn_mean", "kernel", "mlp", "gnn"] = "kernel"
     interval: Weight = Field(2.0, description="least seconds between two generations")
     cpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="most of one core that it takes")
+    every: Positive = Field(0.5, description="epochs between two generations where optimization.deterministic is set")
     neighbours: Count = Field(16, description="edges a row of the graph")
     hidden: Count = 128
     steps: Count = Field(60, description="optimizer steps a generation")
@@ -295,6 +297,11 @@ class Config(Section):
             raise ValueError(
                 f"bank.replicas={self.bank.replicas} follow their shard by the clock, which "
                 "optimization.deterministic excludes; set bank.replicas=1"
+            )
+        if self.optimization.deterministic and self.bank.index != "flat":
+            raise ValueError(
+                f"bank.index={self.bank.index} is trained by the clock, which optimization.deterministic excludes; "
+                "set bank.index=flat"
             )
         if self.bank.source is not None and self.model.source is None:
             raise ValueError(

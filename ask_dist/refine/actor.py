@@ -30,8 +30,9 @@ ANCHORS: tuple[Literal["generation", "first"], ...] = ("generation", "first")
 class RefineActor:
     """Generation after generation: snapshot, refine, prototypes, commit; then a rest.
 
-    It begins at once, so that an actor that Ray restarted goes on by itself. Of a bank in shards each generation takes
-    the next one, the first shard last: it holds the prototypes, which are built from a sample of every shard.
+    By the clock it begins at once, so that an actor that Ray restarted goes on by itself. Of a bank in shards each
+    generation takes the next one, the first shard last: it holds the prototypes, which are built from a sample of every
+    shard. Otherwise it refines when it is told to: what it commits is then a function of the bank and of its state.
 
     Args:
         banks: names of the bank's actors, one a shard. Not handles: Ray keeps constructor arguments that hold one in
@@ -40,6 +41,7 @@ class RefineActor:
         interval: least seconds from the start of one generation to that of the next.
         cpu_share: most of one core that it takes, on average over a generation and the rest after it.
         strategy, minimum_fresh: as for `Refiner`. settings: as for `Settings`.
+        by_clock: False: only `refine` makes a generation.
 
     Rows of the run are corrected from generation to generation, external rows from the first frame that it saw them at.
     """
@@ -53,6 +55,7 @@ class RefineActor:
         cpu_share: float = 0.1,
         strategy: str = "kernel",
         minimum_fresh: int = 64,
+        by_clock: bool = True,
         **settings: int,
     ) -> None:
         os.nice(NICENESS)
@@ -60,18 +63,20 @@ class RefineActor:
         self._strategy, self._minimum_fresh, self._settings = strategy, minimum_fresh, settings
         self._refiners: dict[tuple[int, str], Refiner] = {}  # by shard and anchor
         self._samples: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # audio and text rows, by shard
-        self._lock = threading.Lock()  # the refiners': their state is never read in the middle of a generation
+        self._lock = threading.RLock()  # the refiners': their state is never read in the middle of a generation
         self._stop = threading.Event()
         self._newest_steps: dict[int, int] = {}
         self._metrics = {"refine/failures": 0.0, "refine/generations": 0.0}
         self._banks = tuple(banks)
         self._thread = threading.Thread(target=self._loop, name="refine", daemon=True)
-        self._thread.start()
+        if by_clock:
+            self._thread.start()
 
     def stop(self) -> None:
         """End after the generation in progress, and wait for that."""
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def metrics(self) -> dict[str, float]:
         """`refine/generations` and `refine/failures` so far, and the last report's figures as `refine/...`, those of
@@ -84,6 +89,13 @@ class RefineActor:
             for shard, name in enumerate(self._banks):
                 self._refiners.pop((shard, "first"), None)
                 self._made(shard, "first").refine(ray.get(ray.get_actor(name).snapshot.remote()))
+
+    def refine(self) -> None:
+        """One generation of each shard; commits and all before `load_state` can begin."""
+        with self._lock:
+            self._newest_steps = {}  # not saved: a run that was resumed would know nothing of it
+            for shard in reversed(range(len(self._banks))):
+                self._generation(shard, ray.get_actor(self._banks[shard]))
 
     def state(self) -> dict[str, np.ndarray]:
         """`Refiner.state()` of each anchor, named by it; of several shards each under its number too."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ask_dist.bank.client import BankClient
@@ -26,20 +28,26 @@ MINIMUM_ANSWERS = 50
 class KnowledgeSource:
     """Neighbours for the next batch, rows for the bank, and what both actors say of themselves.
 
-    Nothing that a step calls waits for an actor, unless the run is deterministic.
+    Nothing that a step calls waits for an actor, unless the run is deterministic. Then everything waits, and ranks
+    write one after the other: what the bank holds and answers is a function of the step.
 
     Args:
         config: the run.
         actors: the run's; it has a bank.
         device: where the embeddings are.
         rank: of this worker; ranks are spread over the bank's read replicas by it.
+        world_size: workers in all.
     """
 
-    def __init__(self, config: Config, actors: Actors, device: torch.device, rank: int = 0) -> None:
+    def __init__(
+        self, config: Config, actors: Actors, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> None:
         self._config, self._actors, self._device = config, actors, device
+        self._rank, self._world_size = rank, world_size
+        self._deterministic = config.optimization.deterministic
         self._bank = BankService(actors.bank, rank)
         self._client = BankClient(
-            self._bank, max_in_flight=config.bank.max_in_flight, deterministic=config.optimization.deterministic
+            self._bank, max_in_flight=config.bank.max_in_flight, deterministic=self._deterministic
         )
         gates = [config.knowledge.start]
         if config.knowledge.reliability.enabled:
@@ -48,6 +56,25 @@ class KnowledgeSource:
         self._asked = self._missed = 0
         self._polls: dict[Any, Any] = {}
         self._said: dict[Any, dict[str, float]] = {}  # the last metrics of each actor
+
+    def exchange(self, ids: Tensor, following: Tensor, step: int, total_steps: int) -> Neighbours | None:
+        """What the bank answers for the ids of this step, asked for one step before; asks for those that follow.
+
+        A deterministic run asks now, and waits: its first step after a resume then has neighbours as any other.
+
+        Raises:
+            InputError: as `collect`.
+            RuntimeError: the run is deterministic and the bank did not answer.
+        """
+        if not self._deterministic:
+            neighbours = self.collect()
+            self.prefetch(following, (step + 1) / total_steps)
+            return neighbours
+        self.prefetch(ids, step / total_steps)
+        asked, neighbours = self._asked > 0, self.collect()
+        if asked and neighbours is None:
+            raise RuntimeError("the bank did not answer, and a deterministic run can't go on without it; --resume")
+        return neighbours
 
     def prefetch(self, ids: Tensor, progress: float) -> None:
         """Asks for the neighbours of the next batch, once any gate is open by then."""
@@ -70,23 +97,34 @@ class KnowledgeSource:
         return Neighbours.of(answer, self._client.prototypes, self._device)
 
     def upsert(self, ids: Tensor, audio: Tensor, text: Tensor, reliability: Tensor, global_step: int) -> None:
-        """Sends the rows that this step encoded: int64 [n], float [n, dim] twice, float [n]."""
+        """Sends the rows that this step encoded: int64 [n], float [n, dim] twice, float [n]. A collective."""
         rows = (tensor.detach().float().cpu().numpy() for tensor in (audio, text, reliability))
-        self._client.upsert(ids.cpu().numpy(), *rows, global_step)
+        for _ in self._turns():
+            self._client.upsert(ids.cpu().numpy(), *rows, global_step)
 
     def put(self, ids: np.ndarray, audio: np.ndarray, text: np.ndarray, global_step: int) -> None:
-        """Rows of unknown reliability, as `upsert`, and waits until the bank has them.
+        """Rows of unknown reliability, as `upsert`, and waits until the bank has them. A collective.
 
         Raises:
             InputError: the bank has no room for them.
         """
-        for call in self._bank.upsert(ids, audio, text, np.full(len(ids), UNKNOWN, np.float32), global_step):
-            answer(call)
+        for _ in self._turns():
+            for call in self._bank.upsert(ids, audio, text, np.full(len(ids), UNKNOWN, np.float32), global_step):
+                answer(call)
 
     def begin(self) -> None:
         """Lets the refiner note the bank as it is: what it carries external rows on from."""
         if self._actors.refiner is not None:
             ray.get(self._actors.refiner.begin.remote())
+
+    def refine(self) -> None:
+        """In a deterministic run the refiner's next generation; otherwise it has its own clock. A collective."""
+        if not self._deterministic or self._actors.refiner is None:
+            return
+        if self._rank == 0:
+            ray.get(self._actors.refiner.refine.remote())
+        if self._world_size > 1:
+            dist.barrier()
 
     def metrics(self) -> dict[str, float]:
         """The client's counts, and the last metrics that the actors gave; asks them anew without waiting."""
@@ -106,6 +144,19 @@ class KnowledgeSource:
     def stored_rows(self, ids: np.ndarray) -> OwnRows:
         """What the bank holds of these ids (int64 [n]); waits for it."""
         return stacked(ray.get(self._bank.own_rows(ids)))
+
+    def _turns(self) -> Iterator[None]:
+        """This rank's turn to write: once, at once; in a deterministic run when the ranks before it have had theirs.
+
+        The order of rows in the bank decides between equals in a search, and what k-means begins with.
+        """
+        if not self._deterministic or self._world_size == 1:
+            yield
+            return
+        for rank in range(self._world_size):
+            if rank == self._rank:
+                yield
+            dist.barrier()
 
     def _whole_metrics(self, said: dict[Any, dict[str, float]]) -> dict[str, float]:
         bank = whole_metrics([[said.get(actor, {}) for actor in shard] for shard in self._actors.bank])
@@ -137,11 +188,10 @@ def load_actors(actors: Actors, folder: Path | None) -> None:
     A bank that was saved in another number of shards is split anew; the refiner then begins anew.
     """
     banks, shards = [] if folder is None else checkpoint.bank_folders(folder), len(actors.bank)
-    calls = [primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)]
-    if actors.refiner is not None:
+    if actors.refiner is not None:  # first: a generation that workers who died had asked for must not meet the new bank
         fits = folder is not None and len(banks) == shards
-        calls.append(actors.refiner.load_state.remote(checkpoint.load_arrays(folder, "refiner") if fits else {}))
-    for call in calls:
+        answer(actors.refiner.load_state.remote(checkpoint.load_arrays(folder, "refiner") if fits else {}))
+    for call in [primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)]:
         answer(call)
 
 

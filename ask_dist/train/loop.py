@@ -38,7 +38,7 @@ from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish, start
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
-from ask_dist.train.tracking import MetricsLog, StageClock, last_time
+from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, StageClock, last_time
 
 
 @dataclass
@@ -58,6 +58,7 @@ class TrainState:
     total_steps: int
     lineage: str
     log: MetricsLog | None
+    audit: AuditLog | None
     clock: StageClock = field(default_factory=StageClock)
     samples_seen: int = 0
     skipped_steps: int = 0
@@ -119,7 +120,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         load_weights(model, config.model.source)
     add_adapters(model, config.model)
     actors = job["actors"]
-    knowledge = KnowledgeSource(config, actors, device, rank) if actors.bank else None
+    knowledge = KnowledgeSource(config, actors, device, rank, world_size) if actors.bank else None
     metrics = config.run_dir / "metrics.jsonl"
     state = TrainState(
         config=config,
@@ -135,6 +136,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         total_steps=total_steps,
         lineage=checkpoint.lineage(config, shards["train"].fingerprint),
         log=MetricsLog(metrics, last_time(metrics)) if rank == 0 else None,
+        audit=AuditLog(config.run_dir / AUDIT) if config.data.audit and rank == 0 else None,
     )
     resume(state, job["checkpoint"])
     return state
@@ -160,12 +162,15 @@ def train(state: TrainState) -> None:
     settings, epoch = state.config.optimization, state.loader.steps_per_epoch
     evaluate_every = max(1, round(settings.evaluate_every * epoch))
     checkpoint_every = max(1, round(settings.checkpoint_every * epoch))
+    refine_every = max(1, round(state.config.refine.every * epoch))
     since, since_samples = time.monotonic(), 0
     for batch, following in with_next(state.loader.batches(state.engine.global_step), state):
         values, valid = train_step(state, batch, following)
         since_samples += valid
         step = state.engine.global_step
         last = step == state.total_steps
+        if state.knowledge and step % refine_every == 0:
+            state.knowledge.refine()
         if step % settings.log_every == 0 or step == 1 or last:
             rate = since_samples / max(time.monotonic() - since, 1e-9)
             since, since_samples = time.monotonic(), 0
@@ -199,9 +204,9 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
     # Dropout is a function of the step, so an exact resume needs no generator states.
     torch.manual_seed(step_seed(state.config.seed, step, state.rank))
     with clock("knowledge"):
-        neighbours = state.knowledge.collect() if state.knowledge else None
+        neighbours = None
         if state.knowledge:
-            state.knowledge.prefetch(following.ids, (step + 1) / state.total_steps)
+            neighbours = state.knowledge.exchange(batch.ids, following.ids, step, state.total_steps)
     ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
     with clock("forward"):
         tokens = engine.module.text.tokenize(batch.captions).to(device)
@@ -229,6 +234,8 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
             rows = (features.audio_features, features.text_features, output.reliability)
             state.knowledge.upsert(ids[valid], *(values[valid] for values in rows), step)
     _remember_trust(state, batch, output)
+    if state.audit is not None:
+        state.audit.log(step, output.batch.ids[output.batch.valid].tolist())
     clock.step()
     state.samples_seen += pairs
     return _step_metrics(state, loss, features, output, result), pairs

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from ask_dist.files import writing
 
+AUDIT = "audit.jsonl"  # in a run's folder
+
 
 class MetricsLog:
     """Appends rows to a run's metrics.jsonl: {"step": ..., "time": seconds of the run, "<metric>": number, ...}.
@@ -41,6 +43,31 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+class AuditLog:
+    """Appends what each step trained on to a run's audit.jsonl: {"step": from 0, "ids": of all ranks, in their order}.
+
+    A step that is taken again after a resume is written again: its last line is the one that counts.
+
+    Args:
+        path: the file; a resumed run goes on in it.
+
+    Raises:
+        DiskError: here and in `log`, the disk is full or can't be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with writing(path):
+            _drop_cut_line(path)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the length of the run)
+
+    def log(self, step: int, ids: list[int]) -> None:
+        """Writes one step at once, so that a process that is killed leaves all steps before."""
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+            self._file.flush()
 
 
 def last_time(path: Path) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,12 +52,11 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def config_file(tones: Path, tmp_path: Path) -> Path:
+def configuration(tones: Path, output_dir: Path) -> dict[str, Any]:
     """A run of ten epochs over the tones: everything switched on, small."""
-    tree = {
+    return {
         "name": "tones",
-        "output_dir": str(tmp_path / "runs"),
+        "output_dir": str(output_dir),
         "cluster": {"dashboard": False},
         "data": {split: str(tones / split) for split in ("train", "validation", "test")} | {"clip_seconds": SECONDS},
         "model": {"embedding_dim": 64, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
@@ -65,6 +65,11 @@ def config_file(tones: Path, tmp_path: Path) -> Path:
         "bank": {"prototypes": [8]},
         "refine": {"interval": 0.2, "minimum_fresh": 16, "steps": 5},
     }
+
+
+@pytest.fixture
+def config_file(tones: Path, tmp_path: Path) -> Path:
+    """The file of that configuration."""
     path = tmp_path / "tones.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(configuration(tones, tmp_path / "runs")))
     return path
