@@ -229,6 +229,10 @@ def test_a_deterministic_run_has_no_replicas():
     assert parse("optimization.deterministic=true", "bank.shards=3").bank.shards == 3
 
 
+def test_a_deterministic_run_has_no_inverted_files():
+    assert "set bank.index=flat" in refusal("optimization.deterministic=true", "bank.index=ivf_flat")
+
+
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 70))
 def test_the_remedy_for_lanes_and_batches_works(workers, lanes, micro_batch_size):
     overrides = {

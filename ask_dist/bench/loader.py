@@ -1,4 +1,4 @@
-"""How fast the training loader is beside plain WebDataset on the same shards, and how soon a large corpus starts."""
+"""How fast the training loader is beside those of others on the same shards, and how soon a large corpus starts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
 import soundfile
+import torch
 import webdataset
 
 from ask_dist.data.loader import Batch, TrainLoader
@@ -26,27 +27,64 @@ BATCH = 32
 
 
 def loader_vs_webdataset(shards_folder: Path, rounds: int = 5) -> dict[str, float]:
-    """Read an epoch a round with each, in turns, in one process without decoding processes.
-
-    The yardstick reads the tars in order and decodes JSON and FLAC, no more. The loader also shuffles, checks, crops
-    and stacks; its epochs come out of one running stream, as in training.
+    """Against plain WebDataset, which reads the tars in order and decodes JSON and FLAC, no more.
 
     Returns:
         Medians over the rounds: "loader" and "webdataset" in samples/s, and their "ratio".
     """
-    use_cpu(1)  # as a worker does, whose thread reads
     shards = ShardList.load(shards_folder)
+    return _side_by_side("webdataset", lambda: _read_with_webdataset(shards), shards, rounds)
+
+
+def loader_vs_open_clip(shards_folder: Path, rounds: int = 5) -> dict[str, float] | dict[str, str]:
+    """Against the pipeline that open_clip trains audio models with: it shuffles, decodes, crops or fills, and stacks.
+
+    Its captions are not tokenized, as ours are not. It decodes with the library that we decode with: its own way needs
+    FFmpeg's libraries. A released package (3.3.0 is the last) has no such pipeline, its repository has.
+
+    Returns:
+        As `loader_vs_webdataset`, with "open_clip" for the other; where that is not installed what is "missing".
+    """
+    try:
+        from open_clip_train import audio_data, params
+    except ImportError as error:
+        return {"missing": f"open_clip's audio pipeline ({error}); docs/results.md says how to install it"}
+    from open_clip.audio.transform import audio_transform_v2
+
+    shards = ShardList.load(shards_folder)
+    rate = read_sizes(shards_folder)["sample_rate"]
+    arguments = params.parse_args(["--batch-size", str(BATCH), "--workers", "0", "--seed", "0"])
+    arguments.train_data = "::".join(str(path.absolute()) for path in shards.paths)
+    arguments.train_num_samples, arguments.world_size = shards.clips, 1
+    audio_data._decode_audio_bytes = _decode_flac
+    clip = {"sample_rate": rate, "clip_samples": round(shards.seconds / shards.clips * rate)}
+    data = audio_data.get_wds_audio_dataset(
+        arguments, audio_transform_v2(clip, is_train=True), is_train=True, tokenizer=lambda _: torch.zeros(1, 1)
+    )
+    return _side_by_side("open_clip", lambda: sum(len(batch["text"]) for batch in data.dataloader), shards, rounds)
+
+
+def _side_by_side(other: str, read: Callable[[], int], shards: ShardList, rounds: int) -> dict[str, float]:
+    """Read an epoch a round with each, in turns, in one process without decoding processes.
+
+    The loader shuffles, checks, crops and stacks; its epochs come out of one running stream, as in training.
+
+    Args:
+        other: the yardstick's name.
+        read: reads an epoch with it and gives the samples read.
+    """
+    use_cpu(1)  # as a worker does, whose thread reads
     loader = TrainLoader(
         shards,
         rank=0,
         world_size=1,
         micro_batch_size=BATCH,
         seed=0,
-        sample_rate=read_sizes(shards_folder)["sample_rate"],
+        sample_rate=read_sizes(shards.paths[0].parent)["sample_rate"],
         clip_seconds=shards.seconds / shards.clips,
     )
     batches = loader.batches()
-    rates: dict[str, list[float]] = {"loader": [], "webdataset": []}
+    rates: dict[str, list[float]] = {"loader": [], other: []}
     for round_number in range(rounds):
         for name in sorted(rates, reverse=bool(round_number % 2)):
             # The loader's thread works ahead: let it finish before the other's turn, and take that away before its own.
@@ -54,11 +92,11 @@ def loader_vs_webdataset(shards_folder: Path, rounds: int = 5) -> dict[str, floa
             if name == "loader":
                 list(itertools.islice(batches, 3))
             start = time.perf_counter()
-            samples = _take(batches, loader.steps_per_epoch) if name == "loader" else _read_with_webdataset(shards)
+            samples = _take(batches, loader.steps_per_epoch) if name == "loader" else read()
             rates[name].append(samples / (time.perf_counter() - start))
     batches.close()
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    return {**medians, "ratio": medians["loader"] / medians["webdataset"]}
+    return {**medians, "ratio": medians["loader"] / medians[other]}
 
 
 def _take(batches: Iterator[Batch], steps: int) -> int:
@@ -72,6 +110,11 @@ def _read_with_webdataset(shards: ShardList) -> int:
 
 def _decode(sample: dict[str, bytes]) -> tuple[object, object]:
     return soundfile.read(io.BytesIO(sample["flac"]), dtype="float32"), json.loads(sample["json"])
+
+
+def _decode_flac(content: bytes) -> tuple[torch.Tensor, int]:
+    samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    return torch.from_numpy(samples.T), rate
 
 
 def start_of_epoch(shards: int = 100_000) -> dict[str, float]:

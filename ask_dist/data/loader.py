@@ -178,7 +178,13 @@ class TrainLoader:
         if not self._processes:
             return iter(reader)
         return iter(
-            DataLoader(reader, batch_size=None, num_workers=self._processes, multiprocessing_context="forkserver")
+            DataLoader(
+                reader,
+                batch_size=None,
+                num_workers=self._processes,
+                multiprocessing_context="forkserver",
+                generator=torch.Generator(),  # else it draws from the one that a step's dropout has just seeded
+            )
         )
 
     def _check_bad(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.pack import write_shards
@@ -83,7 +84,7 @@ def test_fifty_points_of_resume_and_two_hundred_batches_each(small: ShardList) -
 
 @pytest.mark.multiprocess
 def test_a_killed_decoding_process_is_replaced_and_nothing_lost(small: ShardList) -> None:
-    expected = steps(small, 1, 0, 40)
+    expected, drawn = steps(small, 1, 0, 40), torch.get_rng_state()
     source = rank_of(small, processes=2)
     stream = source.batches()
     met = [rows([next(stream)]) for _ in range(3)]
@@ -93,6 +94,7 @@ def test_a_killed_decoding_process_is_replaced_and_nothing_lost(small: ShardList
     met += [rows([next(stream)]) for _ in range(37)]
     stream.close()
     assert met == expected
+    assert torch.equal(torch.get_rng_state(), drawn)  # that of dropout, which a step seeds while the loader works
 
 
 def _decodes(process: psutil.Process) -> bool:

@@ -142,3 +142,34 @@ def test_two_runs_are_equal(tones: Path, whole: Path, tmp_path: Path) -> None:
     run = finish(start(tones, tmp_path, "bank.max_in_flight=1"), tmp_path)
     check_audit(run, repeated=False)
     check_equal(run, whole)
+
+
+@pytest.mark.slow
+def test_all_workers_killed_change_nothing(tones: Path, whole: Path, tmp_path: Path) -> None:
+    process = start(tones, tmp_path)
+    wait_for_step(process, tmp_path, KILL_AT)
+    kill(process, is_worker, 2)
+    run = finish(process, tmp_path)
+    check_audit(run, repeated=True)
+    check_equal(run, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_decoding_process_changes_nothing(tones: Path, whole: Path, tmp_path: Path) -> None:
+    process = start(tones, tmp_path, "data.loader_processes=1")
+    wait_for_step(process, tmp_path, KILL_AT)
+    kill(process, decodes, 1)
+    run = finish(process, tmp_path)
+    check_audit(run, repeated=False)  # the worker went on
+    check_equal(run, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_changes_nothing(tones: Path, whole: Path, tmp_path: Path) -> None:
+    process = start(tones, tmp_path)
+    wait_for_step(process, tmp_path, KILL_AT)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    run = finish(start(tones, tmp_path, "--resume"), tmp_path)
+    check_audit(run, repeated=True)
+    check_equal(run, whole)

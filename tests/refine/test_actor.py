@@ -77,6 +77,48 @@ def test_generations_run_by_themselves_and_survive_a_bank_restart(start, rows, d
     ray.get(refiner.stop.remote())
 
 
+def test_without_a_clock_it_refines_when_told_and_goes_on_from_its_state(start, rows, drift):
+    audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
+    settings = {"prototypes": [4], "by_clock": False, "interval": 0.0, "strategy": "gnn", "steps": 5, "hidden": 8}
+    banks, refiners = [], []
+    for name in ("bank-f", "bank-g"):
+        banks.append(start(RemoteBankActor, name=name, neighbours=4, dim=audio.shape[1], capacity=ROWS))
+        refiners.append(start(RemoteRefineActor, [name], **settings))
+
+    def generation(which, step):
+        moved = (drift(values, 0.1 * step)[:300] for values in (audio, text))
+        ray.get(banks[which].upsert.remote(ids[:300], *moved, None, step))
+        ray.get(refiners[which].refine.remote())
+        return ray.get(banks[which].snapshot.remote()), ray.get(refiners[which].state.remote())
+
+    ray.get(banks[0].upsert.remote(ids, audio, text, None, 0))
+    for step in (0, 1, 2):
+        generation(0, step)
+    assert ray.get(banks[0].metrics.remote())["bank/generation"] == 3
+
+    # The other one takes up its state, as after a resume: with networks that have learned.
+    state = ray.get(refiners[0].state.remote())
+    seen = ray.get(banks[0].snapshot.remote())
+    ray.get(refiners[1].load_state.remote(state))
+    ray.get(
+        banks[1].__ray_call__.remote(_become, ray.get(banks[0].__ray_call__.remote(lambda actor: actor._bank.state())))
+    )
+    assert any("strategy" in name for name in state)
+    (mine, my_state), (its, its_state) = generation(0, 3), generation(1, 3)
+    assert (mine.frame > seen.frame)[300:].all()
+    for name, values in vars(mine).items():
+        np.testing.assert_array_equal(values, getattr(its, name))
+    assert my_state.keys() == its_state.keys()
+    for name, values in my_state.items():
+        np.testing.assert_array_equal(values, its_state[name])
+    time.sleep(0.5)
+    assert ray.get(banks[0].metrics.remote())["bank/generation"] == 4  # nobody told it to
+
+
+def _become(actor, state):
+    actor._bank = actor._made(state)
+
+
 def test_failures_in_a_row_end_it_visibly(start):
     bank = start(RemoteBankActor, name="bank-b", neighbours=4, dim=4, capacity=10)
     ray.kill(bank)

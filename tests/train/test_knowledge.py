@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from ask_dist import cluster, config
@@ -84,6 +86,20 @@ def test_rows_that_are_put_are_there_or_it_is_told(started, shards):
     assert link.last_metrics()["bank/rows"] == ROWS
     with pytest.raises(InputError, match=r"rows exceed the bank's capacity of .*: raise bank\.capacity"):
         link.put(np.arange(ROWS, 3 * ROWS), np.tile(rows, (2, 1)), np.tile(rows, (2, 1)), 0)
+
+
+def test_a_deterministic_step_asks_for_itself_and_ends_with_its_bank(started):
+    rows = torch.from_numpy(unit_rows(np.random.default_rng(5).normal(size=(ROWS, DIM))))
+    link, actors = started()
+    ids = torch.arange(ROWS)
+    link.upsert(ids, rows, rows, torch.ones(ROWS), 0)
+    for step in (0, 1):  # the first one too, as after a resume
+        asked, following = ids[4 * step : 4 * step + 4], ids[4 * step + 4 : 4 * step + 8]
+        neighbours = link.exchange(asked, following, step, total_steps=10)
+        torch.testing.assert_close(neighbours.own_audio, rows[asked].float(), atol=1e-3, rtol=0)
+    ray.kill(actors.bank[0][0], no_restart=False)  # Ray might restart it, empty
+    with pytest.raises(RuntimeError, match="the bank did not answer"):  # once it is dead
+        any((link.exchange(ids[:4], ids[4:8], 2, total_steps=10).own_age < 0).any() for _ in itertools.count())
 
 
 def test_a_bank_that_answers_nothing_ends_the_run(started):

@@ -12,7 +12,7 @@ import pytest
 
 from ask_dist.errors import InputError
 from ask_dist.train.progress import Follower
-from ask_dist.train.tracking import MetricsLog, StageClock, last_time
+from ask_dist.train.tracking import AuditLog, MetricsLog, StageClock, last_time
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -27,6 +27,17 @@ def test_rows_are_readable_while_the_run_goes_on(tmp_path):
     log.log({}, 20)
     log.close()
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [10, 20]
+
+
+def test_what_a_killed_run_trained_on_stays_and_the_resumed_one_adds_to_it(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    AuditLog(path).log(0, [7, 2**62])
+    with open(path, "a") as file:
+        file.write('{"step": 1, "ids": [3,')  # killed here
+    again = AuditLog(path)
+    again.log(0, [7, 8])
+    again.log(1, [])
+    assert rows(path) == [{"step": 0, "ids": [7, 2**62]}, {"step": 0, "ids": [7, 8]}, {"step": 1, "ids": []}]
 
 
 def test_values_that_are_not_finite_become_null(tmp_path):
