@@ -28,7 +28,7 @@ class BankClient:
         bank: a handle of `RemoteBankActor`, or a service of several.
         max_in_flight: requests, and as many upserts, outstanding at most, a shard; beyond it a prefetch is skipped (its
             step counts as late) and an upsert is dropped (counted).
-        deterministic: wait for every answer, so that a run of one rank can be repeated exactly.
+        deterministic: wait for every answer, so that a run can be repeated exactly.
     """
 
     def __init__(self, bank: Any, *, max_in_flight: int = 4, deterministic: bool = False) -> None:
