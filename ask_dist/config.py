@@ -81,6 +81,7 @@ class Data(Section):
     cache_dir: Path | None = Field(None, description="of shards behind URLs; null: ~/.cache/ask-dist/shards")
     cache_gib: Positive = Field(20.0, description="size of that folder, beyond the shards that are being read")
     audit: bool = Field(False, description="write what each step trained on into the run's audit.jsonl")
+    cache_embeddings: bool = Field(False, description="vectors of frozen towers are computed once and kept on disk")
 
 
 class Lora(Section):
@@ -135,6 +136,14 @@ class Model(Section):
     logit_scale_init: Positive = 14.3
     logit_scale_max: Positive = 100.0
     source: Path | None = Field(None, alias="from", description="finished run whose weights and tokenizer it takes")
+
+
+class Augment(Section):
+    """What training makes of clips; validation and test hear them as they are."""
+
+    time_mask: Share = Field(0.0, description="longest mask over a log-mel's frames, as a share of them")
+    frequency_mask: Share = Field(0.0, description="longest mask over its bands, as a share of them")
+    mix_share: Share = Field(0.0, description="share of a batch's rows that are two of its clips at once")
 
 
 class Optimization(Section):
@@ -236,6 +245,7 @@ class Config(Section):
     cluster: Cluster = Cluster()
     data: Data
     model: Model = Model()
+    augment: Augment = Augment()
     optimization: Optimization = Optimization()
     knowledge: Knowledge = Knowledge()
     bank: Bank = Bank()
@@ -310,6 +320,23 @@ class Config(Section):
             )
         if self.bank.source is not None and not self.knowledge.enabled:
             raise ValueError(f"bank.from={self.bank.source} needs a bank, knowledge.enabled is false; leave one out")
+        masked = max(self.augment.time_mask, self.augment.frequency_mask)
+        if masked and self.model.audio.freeze:
+            raise ValueError(
+                f"augment.time_mask and frequency_mask ({masked:g}) are for towers that learn; set both to 0 or "
+                "model.audio.freeze=false"
+            )
+        cached = self.data.cache_embeddings
+        if cached and not (self.model.audio.freeze or self.model.text.freeze):
+            raise ValueError(
+                "data.cache_embeddings=true keeps vectors of frozen towers, and both towers learn; set it to false, or "
+                "model.audio.freeze or model.text.freeze to true"
+            )
+        if cached and self.augment.mix_share:
+            raise ValueError(
+                f"augment.mix_share={self.augment.mix_share:g} makes new clips in every step, which "
+                "data.cache_embeddings=true can't have kept; set one of them to 0 or false"
+            )
         if self.optimization.precision == "bf16" and self.cluster.use_gpu is False:
             raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
         return self

@@ -73,6 +73,19 @@ def decode_channels(data: bytes, longest: float | None = None) -> Decoded:
         raise BadSample(f"undecodable audio: {error}") from None
 
 
+def seconds(data: bytes) -> float:
+    """How long an audio file is by its header.
+
+    Raises:
+        BadSample: it has no header that can be read.
+    """
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return file.frames / file.samplerate
+    except (soundfile.SoundFileError, ValueError, TypeError) as error:
+        raise BadSample(f"undecodable audio: {error}") from None
+
+
 def check(audio: np.ndarray) -> float:
     """The peak of audio [samples] or [samples, channels].
 

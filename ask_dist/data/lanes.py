@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ask_dist.data.audio import BadSample, fit_length
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.order import Order, Piece
 from ask_dist.data.quarantine import Record
-from ask_dist.data.samples import Raw, open_clip, read_clips
+from ask_dist.data.samples import Raw, open_clip, open_description, read_clips
 from ask_dist.data.shards import ShardList, stable_id
 
 NO_ID = -1
@@ -39,12 +39,13 @@ class Part:
 @dataclass(frozen=True)
 class Cut:
     """What becomes of clips: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have, and
-    those that are `held_out`."""
+    those that are `held_out`. Where `undecodable` is given, no sound is decoded, and these keys are bad for its reasons."""
 
     sample_rate: int
     samples: int
     max_seconds: float
     held_out: HeldOut = field(default_factory=HeldOut)
+    undecodable: Mapping[str, str] | None = None
 
 
 class LaneReader(IterableDataset[Part]):
@@ -59,6 +60,11 @@ class LaneReader(IterableDataset[Part]):
     def starting_at(self, step: int) -> LaneReader:
         """The same from another step on."""
         return LaneReader(self._shards, self._order, self._lanes, self._cut, step)
+
+    def without_sounds(self, undecodable: Mapping[str, str]) -> LaneReader:
+        """The same clips with their captions alone: audio is [clips, 0], and nothing is decoded."""
+        cut = replace(self._cut, samples=0, undecodable=undecodable)
+        return LaneReader(self._shards, self._order, self._lanes, cut, self._start_step)
 
     def __iter__(self) -> Iterator[Part]:
         lanes = self._lanes
@@ -130,7 +136,7 @@ class LaneReader(IterableDataset[Part]):
 
     def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, turn: int, epoch: int) -> None:
         self._cut.held_out.refuse(raw)
-        audio, description = open_clip(raw, self._cut.sample_rate, self._cut.max_seconds)
+        audio, description = self._open(raw)
         clip_id, captions = stable_id(raw.key), description["captions"]
         # Making a generator takes 6% of the time of decoding four seconds: only where there is something to draw.
         drawn = len(captions) > 1 or len(audio) > self._cut.samples
@@ -140,3 +146,11 @@ class LaneReader(IterableDataset[Part]):
         part.ids[place], part.keys[place] = clip_id, raw.key
         part.swapped[place] = bool(description.get("swapped", False))
         part.valid[place] = True
+
+    def _open(self, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
+        if self._cut.undecodable is None:
+            return open_clip(raw, self._cut.sample_rate, self._cut.max_seconds)
+        description = open_description(raw)
+        if raw.key in self._cut.undecodable:
+            raise BadSample(self._cut.undecodable[raw.key])
+        return np.empty(0, np.float32), description

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +137,14 @@ class TrainLoader:
         self._max_bad_share = max_bad_share
         cut = Cut(sample_rate, round(clip_seconds * sample_rate), max_clip_seconds, held_out or HeldOut())
         self._reader = LaneReader(shards, order, own, cut)
+
+    def leave_out_sounds(self, undecodable: Mapping[str, str]) -> None:
+        """From now on the same batches come with audio [B, 0] and nothing is decoded.
+
+        Args:
+            undecodable: keys of clips whose sound can't be used, with the reason: bad samples as before.
+        """
+        self._reader = self._reader.without_sounds(undecodable)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches from a global step on, exactly those of an uninterrupted stream; it never ends.

@@ -157,14 +157,22 @@ def open_clip(raw: Raw, sample_rate: int, max_seconds: float = MAX_SECONDS) -> t
     Raises:
         BadSample: whatever keeps the clip from being used.
     """
+    description = open_description(raw)
+    samples, rate = audio.decode(raw.sound, max_seconds)
+    return audio.resample(samples, rate, sample_rate), description
+
+
+def open_description(raw: Raw) -> dict[str, Any]:
+    """The description of a clip, as `open_clip` gives it; the sound must be there and is not decoded.
+
+    Raises:
+        BadSample: whatever keeps the clip from being used, but for what its sound holds.
+    """
     if raw.problem:
         raise BadSample(raw.problem)
-    sound = raw.sound
-    if "json" not in raw.members:
+    if raw.extension and "json" not in raw.members:
         raise BadSample("no .json member")
-    description = describe(raw.members["json"])
-    samples, rate = audio.decode(sound, max_seconds)
-    return audio.resample(samples, rate, sample_rate), description
+    return describe(raw.members["json"])
 
 
 def describe(data: bytes) -> dict[str, Any]:

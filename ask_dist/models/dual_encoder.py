@@ -30,6 +30,9 @@ class DualEncoder(nn.Module):
     """An audio and a text encoder, with a two-layer projection each if the configuration wants one, and the learned
     logit_scale.
 
+    Attributes:
+        given: towers ("audio", "text") whose vectors `forward` takes in place of their inputs, for frozen ones.
+
     Raises:
         InputError: there is no projection, and an encoder is not as wide as the shared space.
     """
@@ -43,6 +46,7 @@ class DualEncoder(nn.Module):
         # One element, not a scalar: DeepSpeed broadcasts parameters as views of bytes.
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
         self.logit_scale_max = config.logit_scale_max
+        self.given: frozenset[str] = frozenset()
 
     @property
     def logit_scale(self) -> Tensor:
@@ -51,14 +55,21 @@ class DualEncoder(nn.Module):
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """float32 [batch, samples] -> unit rows float32 [batch, embedding_dim]."""
-        return nn.functional.normalize(self.audio_projection(self.audio(audio)).float(), dim=-1)
+        return self._project(self.audio_projection, self.audio(audio))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 [batch, tokens] -> unit rows float32 [batch, embedding_dim]."""
-        return nn.functional.normalize(self.text_projection(self.text(tokens)).float(), dim=-1)
+        return self._project(self.text_projection, self.text(tokens))
 
     def forward(self, audio: Tensor, tokens: Tensor) -> Features:
-        return Features(self.encode_audio(audio), self.encode_text(tokens), self.logit_scale)
+        """What `encode_audio` and `encode_text` give; of a tower in `given`, for float [batch, output_dim] of its own."""
+        heard = audio if "audio" in self.given else self.audio(audio)
+        read = tokens if "text" in self.given else self.text(tokens)
+        audio_features = self._project(self.audio_projection, heard)
+        return Features(audio_features, self._project(self.text_projection, read), self.logit_scale)
+
+    def _project(self, projection: nn.Module, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(projection(vectors.to(self.log_logit_scale.dtype)).float(), dim=-1)
 
 
 def build_dual_encoder(config: Model, sample_rate: int, vocabulary: Vocabulary) -> DualEncoder:

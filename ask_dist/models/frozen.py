@@ -111,8 +111,8 @@ def frozen_features(
         "version": VERSION,
         "clips": split.fingerprint,
         "clip_seconds": clip_seconds,
-        "audio": _digest(audio),
-        "text": text and _digest(text, *text.assets().values(), str(getattr(text, "max_tokens", None)).encode()),
+        "audio": encoder_digest(audio),
+        "text": text and encoder_digest(text, *text.assets().values(), str(getattr(text, "max_tokens", None)).encode()),
     }
     folder = cache / hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
     features = _load(folder)
@@ -166,7 +166,8 @@ def _save(folder: Path, features: FrozenFeatures, inputs: dict[str, Any]) -> Non
     write_atomically(folder / CLIPS, json.dumps(stored).encode())  # last: without it the folder counts as empty
 
 
-def _digest(encoder: nn.Module, *more: bytes) -> str:
+def encoder_digest(encoder: nn.Module, *more: bytes) -> str:
+    """SHA-256 of what an encoder computes by: its class, its weights and buffers, and what else is given."""
     digest = hashlib.sha256(type(encoder).__name__.encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -24,6 +24,7 @@ from ask_dist.losses.objective import AskObjective
 from ask_dist.models.lora import add_adapters
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import loop
+from ask_dist.train.embeddings import refuse_long_clips
 from ask_dist.train.run import check_data, steps_per_epoch
 from ask_dist.train.start import new_model
 
@@ -43,6 +44,8 @@ def check(config: Config, console: Console) -> None:
     _check_machine(config)
     console.print(_data_table(config, shards))
     _audit(shards, console)
+    if config.data.cache_embeddings and config.model.audio.freeze:
+        refuse_long_clips(config, shards["train"])
     console.print(_resource_table(config))
     loss, seconds, parameters = synthetic_step(config, shards["train"])
     console.print(

@@ -36,6 +36,7 @@ from ask_dist.models.saved import load_weights
 from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish, start
+from ask_dist.train.embeddings import Embeddings, cached_embeddings
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
 from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, StageClock, last_time
@@ -59,6 +60,7 @@ class TrainState:
     lineage: str
     log: MetricsLog | None
     audit: AuditLog | None
+    embeddings: Embeddings = field(default_factory=Embeddings)
     clock: StageClock = field(default_factory=StageClock)
     samples_seen: int = 0
     skipped_steps: int = 0
@@ -139,6 +141,9 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         audit=AuditLog(config.run_dir / AUDIT) if config.data.audit and rank == 0 else None,
     )
     resume(state, job["checkpoint"])
+    if config.data.cache_embeddings:  # the weights of frozen towers are now those of the checkpoint
+        state.embeddings = cached_embeddings(config, state.engine.whole(), shards["train"], rank, world_size)
+        state.embeddings.feed(state.engine.module, loader)
     return state
 
 
@@ -209,8 +214,8 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
             neighbours = state.knowledge.exchange(batch.ids, following.ids, step, state.total_steps)
     ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
     with clock("forward"):
-        tokens = engine.module.text.tokenize(batch.captions).to(device)
-        features: Features = engine(batch.audio.to(device, non_blocking=True), tokens)
+        audio, tokens = state.embeddings.inputs(batch, engine.module)
+        features: Features = engine(audio.to(device, non_blocking=True), tokens.to(device))
     probe = (step + 1) % state.config.optimization.log_every == 0
     if probe:
         for rows in features[:2]:

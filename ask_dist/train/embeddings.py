@@ -1,0 +1,239 @@
+"""Vectors of frozen towers, computed once a shard and kept on disk: a step then decodes nothing and runs no such tower.
+
+They lie in `.embeddings/` beside the run's folder, which all workers share: a folder a tower, a file a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ask_dist.config import Config
+from ask_dist.data import audio as sounds
+from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.cache import file_sha256
+from ask_dist.data.lanes import NO_ID
+from ask_dist.data.loader import Batch, TrainLoader
+from ask_dist.data.samples import Raw, open_clip, open_description, read_clips, read_shard
+from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.errors import InputError
+from ask_dist.files import write_atomically, writing
+from ask_dist.models.dual_encoder import DualEncoder
+from ask_dist.models.frozen import encoder_digest
+
+# Raise it when the same towers and clips come to give other vectors, for example by another front end.
+VERSION = 1
+FOLDER = ".embeddings"
+log = logging.getLogger(__name__)
+
+# Of a shard: ids and vectors of what could be encoded, and the reason by key of what could not.
+Encoded = tuple[list[int], list[Tensor], dict[str, str]]
+
+
+class Vectors:
+    """One tower's vectors by id, out of the files of `cached_embeddings`; they are mapped, not read into memory.
+
+    Attributes:
+        bad: reasons by key, of clips that could not be encoded.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        parts = [_load(path) for path in files]
+        self._parts = [vectors for _, vectors, _ in parts]
+        self.bad = {key: reason for _, _, bad in parts for key, reason in bad.items()}
+        counts = [len(ids) for ids, _, _ in parts]
+        self._ids, first = np.unique(np.concatenate([ids for ids, _, _ in parts]), return_index=True)
+        self._part = np.repeat(np.arange(len(parts)), counts)[first]
+        self._row = np.concatenate([np.arange(count) for count in counts])[first]
+
+    def rows(self, ids: np.ndarray) -> Tensor:
+        """float32 [n, width] of int64 [n]; zeros where the id is NO_ID.
+
+        Raises:
+            InputError: an id was not in the shards when they were encoded.
+        """
+        places = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
+        wanted = ids != NO_ID
+        if (self._ids[places] != ids)[wanted].any():
+            raise InputError(
+                "a shard is no longer what was packed: data.cache_embeddings has no vector of one of its clips; "
+                "pack it again"
+            )
+        rows = torch.zeros(len(ids), self._parts[0].shape[1])
+        for number in np.flatnonzero(wanted):
+            rows[number] = self._parts[self._part[places[number]]][self._row[places[number]]]
+        return rows
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The cached vectors of a run's frozen towers; None for a tower that every step runs."""
+
+    audio: Vectors | None = None
+    text: Vectors | None = None
+
+    def feed(self, model: DualEncoder, loader: TrainLoader) -> None:
+        """From now on the model takes, and the loader leaves out, what is cached."""
+        model.given = frozenset(name for name in ("audio", "text") if getattr(self, name) is not None)
+        if self.audio is not None:
+            loader.leave_out_sounds(self.audio.bad)
+
+    def inputs(self, batch: Batch, model: DualEncoder) -> tuple[Tensor, Tensor]:
+        """What the model's `forward` takes for a batch, on the CPU; zeros as the vectors of invalid rows."""
+        audio = batch.audio if self.audio is None else self.audio.rows(batch.ids.numpy())
+        if self.text is None:
+            return audio, model.text.tokenize(batch.captions)
+        ids = np.array([stable_id(caption) for caption in batch.captions], np.int64)
+        return audio, self.text.rows(np.where(batch.valid.numpy(), ids, NO_ID))
+
+
+def cached_embeddings(
+    config: Config, model: DualEncoder, shards: ShardList, rank: int = 0, world_size: int = 1
+) -> Embeddings:
+    """Encodes by every frozen tower what is not on disk yet. A collective: each rank takes its share of the shards.
+
+    Args:
+        config: the run; its output_dir is the same on all ranks.
+        model: on the device to compute on, with the weights that the run trains with.
+        shards: the training split.
+
+    Raises:
+        InputError: a shard is not what was packed, or a clip of a frozen audio tower is longer than data.clip_seconds.
+        DiskError: the disk is full or can't be written.
+    """
+    found = {}
+    for name in ("audio", "text"):
+        if getattr(config.model, name).freeze:
+            folder = config.run_dir.parent / FOLDER / _digest(config, model, name)
+            files = [folder / f"{digest}.safetensors" for digest in shards.sha256]
+            for shard in range(rank, len(files), world_size):
+                if not _readable(files[shard]):
+                    log.info("encoding %s by the %s tower", shards.names[shard], name)
+                    encode = _encode_sounds if name == "audio" else _encode_captions
+                    _save(files[shard], encode(_whole(shards, shard), config, model))
+            if world_size > 1:
+                dist.barrier()
+            found[name] = Vectors(files)
+    return Embeddings(**found)
+
+
+def refuse_long_clips(config: Config, shards: ShardList) -> None:
+    """Raises InputError for a clip that is longer than data.clip_seconds by its header; of shards on this machine."""
+    for shard, count in enumerate(() if shards.remote else shards.counts):
+        for raw in read_clips(shards, shard, 0, count):
+            with suppress(BadSample):
+                _refuse_crop(raw, sounds.seconds(raw.sound), config)
+
+
+def _refuse_crop(raw: Raw, seconds: float, config: Config) -> None:
+    if seconds * config.data.sample_rate > round(config.data.clip_seconds * config.data.sample_rate):
+        raise InputError(
+            f"{raw.shard} {raw.key} has {seconds:.2f} s, over data.clip_seconds={config.data.clip_seconds:g}: it is "
+            "cropped anew in each epoch, which data.cache_embeddings=true can't keep; raise the one or unset the other"
+        )
+
+
+def _digest(config: Config, model: DualEncoder, name: str) -> str:
+    """Of all that a tower's vectors depend on beside the shard."""
+    tower, data = getattr(model, name), config.data
+    settings: dict[str, Any] = getattr(config.model, name).model_dump(mode="json", exclude={"source", "freeze"})
+    settings |= {"version": VERSION, "kind": name}
+    if name == "audio":
+        settings |= {"clip": [data.sample_rate, data.clip_seconds, data.max_clip_seconds]}
+    more = json.dumps(settings, sort_keys=True).encode()
+    return encoder_digest(tower, more, *tower.assets().values())[:24]
+
+
+def _whole(shards: ShardList, shard: int) -> Iterator[Raw]:
+    """The clips of a shard that is known to be what was packed: what is kept of it counts for good."""
+    try:
+        with shards.at_hand(shard) as path:
+            if file_sha256(path) != shards.sha256[shard]:
+                raise BadSample("its SHA-256 is not that of sizes.json")
+            yield from read_shard(path, 0, shards.counts[shard], shards.labels[shard])
+    except (OSError, BadSample) as error:
+        raise InputError(
+            f"{shards.labels[shard]}: {error}; data.cache_embeddings=true needs whole shards: restore it or pack again"
+        ) from None
+
+
+@torch.no_grad()
+def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder) -> Encoded:
+    data, device, bad = config.data, _device(model), {}
+    samples = round(data.clip_seconds * data.sample_rate)
+
+    def clips() -> Iterator[tuple[int, np.ndarray]]:
+        for raw in raws:
+            if raw.problem:  # the loader meets it too
+                continue
+            try:
+                audio, _ = open_clip(raw, data.sample_rate, data.max_clip_seconds)
+            except BadSample as error:
+                bad[raw.key] = str(error)
+                continue
+            _refuse_crop(raw, len(audio) / data.sample_rate, config)
+            yield stable_id(raw.key), fit_length(audio, samples, None)
+
+    ids: list[int] = []
+    vectors: list[Tensor] = []
+    stream = clips()
+    while chunk := list(itertools.islice(stream, config.optimization.micro_batch_size)):
+        ids += [clip_id for clip_id, _ in chunk]
+        waveforms = torch.from_numpy(np.stack([audio for _, audio in chunk]))
+        vectors.append(model.audio(waveforms.to(device)).float().cpu())
+    return ids, vectors or [torch.zeros(0, model.audio.output_dim)], bad
+
+
+@torch.no_grad()
+def _encode_captions(raws: Iterator[Raw], config: Config, model: DualEncoder) -> Encoded:
+    captions: dict[str, int] = {}
+    for raw in raws:
+        with suppress(BadSample):  # the loader names it
+            captions |= {caption: stable_id(caption) for caption in open_description(raw)["captions"]}
+    vectors = [torch.zeros(0, model.text.output_dim)]
+    words = iter(captions)
+    while chunk := list(itertools.islice(words, config.optimization.micro_batch_size)):
+        vectors.append(model.text(model.text.tokenize(chunk).to(_device(model))).float().cpu())
+    return list(captions.values()), vectors, {}
+
+
+def _device(model: DualEncoder) -> torch.device:
+    return model.log_logit_scale.device
+
+
+def _save(path: Path, encoded: Encoded) -> None:
+    ids, vectors, bad = encoded
+    content = save(
+        {"ids": torch.tensor(ids, dtype=torch.int64), "vectors": torch.cat(vectors)}, {"bad": json.dumps(bad)}
+    )
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+
+
+def _load(path: Path) -> tuple[np.ndarray, Tensor, dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        bad = json.loads(file.metadata()["bad"])
+        return file.get_tensor("ids").numpy(), file.get_tensor("vectors"), bad
+
+
+def _readable(path: Path) -> bool:
+    try:
+        _load(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return False
+    return True
