@@ -224,6 +224,17 @@ def test_how_a_tower_is_fine_tuned_must_make_sense():
         assert refusal(f"optimization.{override}").startswith(f"optimization.{override}: ")
 
 
+def test_what_augmentation_and_cached_embeddings_cannot_do_is_refused():
+    frozen, cached = "model.audio.freeze=true", "data.cache_embeddings=true"
+    assert "model.audio.freeze=false" in refusal(frozen, "augment.time_mask=0.2")
+    assert "(0.1)" in refusal(frozen, "augment.frequency_mask=0.1")
+    assert "model.text.freeze to true" in refusal(cached)
+    assert "augment.mix_share=0.5" in refusal(cached, frozen, "augment.mix_share=0.5")
+    assert refusal("augment.mix_share=1.5").startswith("augment.mix_share=1.5: ")
+    assert parse(frozen, cached).data.cache_embeddings
+    assert parse("model.text.freeze=true", cached, "augment.time_mask=0.2").augment.time_mask == 0.2
+
+
 def test_a_deterministic_run_has_no_replicas():
     assert "set bank.replicas=1" in refusal("optimization.deterministic=true", "bank.replicas=2")
     assert parse("optimization.deterministic=true", "bank.shards=3").bank.shards == 3

@@ -39,7 +39,7 @@ class Part:
 @dataclass(frozen=True)
 class Cut:
     """What becomes of clips: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have, and
-    those that are `held_out`. Where `undecodable` is given, no sound is decoded, and these keys are bad for its reasons."""
+    those that are `held_out`. With `undecodable` no sound is decoded, and these keys are bad, for its reasons."""
 
     sample_rate: int
     samples: int

@@ -48,6 +48,10 @@ class Neighbours:
         rows = {name: getattr(self, name)[both] for name in ("ids", "audio", "text", "age", "reliability")}
         return replace(self, **rows)
 
+    def without_own(self, rows: Tensor) -> Neighbours:
+        """The same, but the bank holds nothing of these of the rank's own pairs: bool [local]."""
+        return replace(self, own_age=self.own_age.masked_fill(rows, -1.0))
+
     @classmethod
     def of(cls, answer: Any, prototypes: Any = None, device: torch.device | str = "cpu") -> Neighbours:
         """The bank's answer (`bank.messages.Knowledge`) and its prototypes (`bank.prototypes.Prototypes`) as tensors.

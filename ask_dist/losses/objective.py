@@ -63,6 +63,7 @@ class AskObjective:
         valid: Tensor | None = None,
         neighbours: Neighbours | None = None,
         progress: float = 1.0,
+        mixed: Tensor | None = None,
     ) -> ObjectiveOutput:
         """The loss of one step.
 
@@ -73,10 +74,14 @@ class AskObjective:
             valid: bool [local], False for slots to ignore; None: all count.
             neighbours: what the bank answered for this batch, or None.
             progress: share of the run that lies behind, for the gates.
+            mixed: bool [local], rows that are no pair of the corpus: of unknown reliability, and none of the bank is
+                their own; None: no row is.
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        mixed = torch.zeros_like(valid) if mixed is None else mixed
+        neighbours = neighbours and neighbours.without_own(mixed)
         batch = gather(audio_features, text_features, ids, valid)
-        reliability = self._reliability(batch, len(ids), neighbours)
+        reliability = self._reliability(batch, len(ids), neighbours).masked_fill(mixed, UNKNOWN)
         weights = self._weights(reliability, neighbours, progress)
         # Gates depend on progress alone, so that all ranks pass them together; an answer may be missing on one rank.
         use = (

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ask_dist.config import Model
+from ask_dist.config import Augment, Model
 from ask_dist.errors import InputError
 from ask_dist.models.encoder import Encoder, Registry
 from ask_dist.models.spectrum import power_spectrum
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torchaudio announces its maintenance phase at every import
+    from torchaudio.functional import mask_along_axis_iid
     from torchaudio.transforms import MelSpectrogram
+
+
+@dataclass(frozen=True)
+class SpecAugment:
+    """One mask over the frames and one over the bands of each clip, set to the batch's mean (Park et al. 2019).
+
+    Their lengths are uniform up to a share of the axis, their places uniform; drawn from torch's default generator.
+
+    Attributes:
+        time, frequency: the longest masks, as shares from 0 to 1; 0 draws nothing.
+    """
+
+    time: float
+    frequency: float
+
+    def __call__(self, log_mel: Tensor) -> Tensor:
+        """float [batch, ..., frames, bands] -> the same."""
+        mean, axes = log_mel.detach().mean(), log_mel.ndim
+        for axis, share in ((axes - 2, self.time), (axes - 1, self.frequency)):
+            log_mel = mask_along_axis_iid(log_mel, log_mel.shape[axis], mean, axis, p=share)
+        return log_mel
 
 
 class AudioEncoder(Encoder):
@@ -26,10 +49,31 @@ class AudioEncoder(Encoder):
         output_dim: width of the vectors that it gives.
 
     `forward(audio)` takes float32 [batch, samples] in [-1, 1] on any device and gives float [batch, output_dim].
-    The front end (log-mel or another) is part of `forward`, so it runs where the training runs.
+    The front end (log-mel or another) is part of `forward`, so it runs where the training runs. One that makes a
+    log-mel passes it through `masked` and says so by `has_log_mel`.
     """
 
     sample_rate: int
+    has_log_mel: bool = False
+    spec_augment: SpecAugment | None = None
+
+    def masked(self, log_mel: Tensor) -> Tensor:
+        """A log-mel [batch, ..., frames, bands] with the masks of `augment`, drawn for each clip in training alone."""
+        return self.spec_augment(log_mel) if self.training and self.spec_augment is not None else log_mel
+
+    def augment(self, settings: Augment) -> None:
+        """From now on log-mels are masked in training, if the settings ask for it.
+
+        Raises:
+            InputError: the encoder has no log-mel.
+        """
+        longest = max(settings.time_mask, settings.frequency_mask)
+        if longest and not self.has_log_mel:
+            raise InputError(
+                f"augment.time_mask and frequency_mask ({longest:g}) mask a log-mel, which {type(self).__name__} does "
+                "not have; set both to 0"
+            )
+        self.spec_augment = SpecAugment(settings.time_mask, settings.frequency_mask) if longest else None
 
 
 _REGISTRY: Registry[Callable[[Model, int], AudioEncoder]] = Registry("model.audio.name")
@@ -96,6 +140,8 @@ class ConvAudioEncoder(AudioEncoder):
     The GRU tells "a then b" from "b then a" and counts; an attention layer in its place learned far slower.
     """
 
+    has_log_mel = True
+
     def __init__(self, sample_rate: int, mel_bins: int, width: int, dropout: float) -> None:
         super().__init__()
         if width % 8:
@@ -116,7 +162,8 @@ class ConvAudioEncoder(AudioEncoder):
         self.context = nn.GRU(self.output_dim, self.output_dim // 2, batch_first=True, bidirectional=True)
 
     def forward(self, audio: Tensor) -> Tensor:
-        maps = self.blocks(self.front_end(audio))
+        log_mel = self.masked(self.front_end(audio).transpose(2, 3)).transpose(2, 3)
+        maps = self.blocks(log_mel)
         frames = nn.functional.relu(self.frame(maps.flatten(1, 2).transpose(1, 2)))
         states, _ = self.context(self.dropout(frames))
         return states.amax(dim=1) + states.mean(dim=1)

@@ -38,6 +38,7 @@ class ClapAudioEncoder(FixedStatistics, AudioEncoder):
     """
 
     before_blocks = ("batch_norm",)
+    has_log_mel = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class ClapAudioEncoder(FixedStatistics, AudioEncoder):
         As `ClapFeatureExtractor` has it for sounds of its length or shorter ones.
         """
         bels = self._mel(_fit(audio, self.extractor)).clamp(min=1e-10).log10()
-        return (10.0 * bels).unsqueeze(1).expand(-1, 4 if self.fused else 1, -1, -1)
+        return self.masked(10.0 * bels).unsqueeze(1).expand(-1, 4 if self.fused else 1, -1, -1)
 
 
 class ClapTextEncoder(FolderTextEncoder):

@@ -51,6 +51,7 @@ class Cnn14Encoder(FixedStatistics, AudioEncoder):
 
     sample_rate = RATE
     output_dim = DIM
+    has_log_mel = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class Cnn14Encoder(FixedStatistics, AudioEncoder):
     def front_end(self, audio: Tensor) -> Tensor:
         """Decibels of the mel bands: float32 [batch, samples] -> [batch, 1, frames, 64]; silence fills up to 0.31 s."""
         audio = nn.functional.pad(audio, (0, max(0, SHORTEST - audio.shape[1])))
-        return 10.0 * self._mel(audio).clamp(min=1e-10).log10().unsqueeze(1)
+        return self.masked(10.0 * self._mel(audio).clamp(min=1e-10).log10()).unsqueeze(1)
 
 
 @register_audio_encoder("cnn14")

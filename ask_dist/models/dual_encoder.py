@@ -62,7 +62,7 @@ class DualEncoder(nn.Module):
         return self._project(self.text_projection, self.text(tokens))
 
     def forward(self, audio: Tensor, tokens: Tensor) -> Features:
-        """What `encode_audio` and `encode_text` give; of a tower in `given`, for float [batch, output_dim] of its own."""
+        """Both towers' rows; of a tower in `given`, from its own vectors, float [batch, output_dim]."""
         heard = audio if "audio" in self.given else self.audio(audio)
         read = tokens if "text" in self.given else self.text(tokens)
         audio_features = self._project(self.audio_projection, heard)

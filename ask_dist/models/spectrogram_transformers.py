@@ -34,6 +34,8 @@ class AstEncoder(AudioEncoder):
         InputError: transformers is not installed, or can't read the folder.
     """
 
+    has_log_mel = True
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.network = load_network(folder, "ASTModel")
@@ -60,7 +62,7 @@ class AstEncoder(AudioEncoder):
         """Log-mel of Kaldi's kind, cut or filled up, and scaled: float32 [batch, samples] -> [batch, frames, bands]."""
         settings, window = self.extractor, len(self._mel.window)
         audio = nn.functional.pad(audio, (0, max(0, window - audio.shape[1])))
-        bands = self._mel(audio).clamp(min=EPSILON).log()[:, : settings.max_length]
+        bands = self.masked(self._mel(audio).clamp(min=EPSILON).log()[:, : settings.max_length])
         bands = nn.functional.pad(bands, (0, 0, 0, settings.max_length - bands.shape[1]))
         return (bands - settings.mean) / (2 * settings.std) if settings.do_normalize else bands
 
@@ -78,6 +80,8 @@ class WhisperEncoder(AudioEncoder):
     Raises:
         InputError: transformers is not installed, or can't read the folder.
     """
+
+    has_log_mel = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -106,9 +110,12 @@ class WhisperEncoder(AudioEncoder):
         if audio.shape[1] > length:
             seconds, longest = audio.shape[1] / self.sample_rate, length / self.sample_rate
             raise InputError(f"data.clip_seconds={seconds:g} is more than Whisper takes; set it to {longest:g}")
+        frames = -(-audio.shape[1] // self.extractor.hop_length)
         bands = self._mel(nn.functional.pad(audio, (0, length - audio.shape[1])))[:, :-1]
         bels = bands.clamp(min=1e-10).log10().transpose(1, 2)
-        return (torch.maximum(bels, bels.amax(dim=(1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
+        scaled = (torch.maximum(bels, bels.amax(dim=(1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
+        sounding = self.masked(scaled[..., :frames].transpose(1, 2)).transpose(1, 2)
+        return torch.cat([sounding, scaled[..., frames:]], dim=2)
 
 
 def _emphasise(frames: Tensor) -> Tensor:

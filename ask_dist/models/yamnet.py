@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class YamnetEncoder(AudioEncoder):
 
     sample_rate = RATE
     output_dim = 2 * PATCH_DIM
+    has_log_mel = True
 
     def __init__(self) -> None:
         """Raises InputError when the packages of the extra `pretrained` are missing or hold another network."""
@@ -91,7 +92,7 @@ class YamnetEncoder(AudioEncoder):
 
         A clip of any length has at least one; silence fills up the last.
         """
-        images = log_mel_patches(audio).to(self.classifier.weight.dtype)
+        images = log_mel_patches(audio, self.masked).to(self.classifier.weight.dtype)
         batch, patches = images.shape[:2]
         at_once = AT_ONCE_CPU if audio.device.type == "cpu" else AT_ONCE
         together = images.flatten(0, 1).unsqueeze(1)
@@ -114,18 +115,18 @@ def class_names() -> list[str]:
         return [row["display_name"] for row in csv.DictReader(file)]
 
 
-def log_mel_patches(audio: Tensor) -> Tensor:
+def log_mel_patches(audio: Tensor, mask: Callable[[Tensor], Tensor] = lambda bands: bands) -> Tensor:
     """YAMNet's input: float32 [batch, samples] at 16 kHz -> float32 [batch, patches, 96 frames, 64 mel bins].
 
     log(mel + 0.001) of magnitudes, not of powers. The clip is padded with zeros to whole patches, which take 15,600
-    samples the first and 7,680 each further one.
+    samples the first and 7,680 each further one. `mask` gets [batch, frames, 64], before patches overlap.
     """
     further = max(0, math.ceil((audio.shape[1] - PATCH_SAMPLES) / (PATCH_HOP * HOP)))
     padding = PATCH_SAMPLES + further * PATCH_HOP * HOP - audio.shape[1]
     window, mel = _front_end(audio.device)
     with torch.autocast(audio.device.type, enabled=False):
         spectrum = power_spectrum(nn.functional.pad(audio.float(), (0, padding)), window, HOP, FFT).sqrt()
-        bands = (spectrum.transpose(1, 2) @ mel + LOG_OFFSET).log()
+        bands = mask((spectrum.transpose(1, 2) @ mel + LOG_OFFSET).log())
         starts = range(0, (further + 1) * PATCH_HOP, PATCH_HOP)
         return torch.stack([bands[:, start : start + PATCH] for start in starts], dim=1)
 

@@ -65,6 +65,8 @@ def lineage(config: Config, data_fingerprint: str) -> str:
         exclude={"model": {"source": True, "audio": {"source"}, "text": {"source"}}},
         exclude_none=True,  # settings that a run does not use, such as those of later versions
     )
+    if augment := config.augment.model_dump(exclude_defaults=True):  # not in the digest of runs without
+        tree["augment"] = augment
     tree["global_batch_size"] = config.global_batch_size
     tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

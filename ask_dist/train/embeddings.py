@@ -5,7 +5,6 @@ They lie in `.embeddings/` beside the run's folder, which all workers share: a f
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging

@@ -39,6 +39,7 @@ from ask_dist.train import checkpoint, finish, start
 from ask_dist.train.embeddings import Embeddings, cached_embeddings
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
+from ask_dist.train.mixing import mix
 from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, StageClock, last_time
 
 
@@ -212,6 +213,7 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         neighbours = None
         if state.knowledge:
             neighbours = state.knowledge.exchange(batch.ids, following.ids, step, state.total_steps)
+    batch, mixed = mix(batch, state.config.augment.mix_share, device)
     ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
     with clock("forward"):
         audio, tokens = state.embeddings.inputs(batch, engine.module)
@@ -222,7 +224,7 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
             if rows.requires_grad:  # not those of a frozen tower without a projection
                 rows.retain_grad()
     with clock("loss"):
-        output = state.objective(*features, ids, valid, neighbours, state.progress)
+        output = state.objective(*features, ids, valid, neighbours, state.progress, mixed)
         loss, pairs, finite = _agree(output.loss, valid)
     if not finite:  # on any rank: all leave the step out together
         engine.skip()
@@ -237,7 +239,8 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
     if state.knowledge:
         with clock("knowledge"):
             rows = (features.audio_features, features.text_features, output.reliability)
-            state.knowledge.upsert(ids[valid], *(values[valid] for values in rows), step)
+            clips = valid & ~mixed
+            state.knowledge.upsert(ids[clips], *(values[clips] for values in rows), step)
     _remember_trust(state, batch, output)
     if state.audit is not None:
         state.audit.log(step, output.batch.ids[output.batch.valid].tolist())

@@ -70,9 +70,14 @@ def new_model(config: Config, vocabulary: Vocabulary) -> DualEncoder:
     """The model of a run before its first step, without the weights of `model.from`.
 
     Folders and files that the pretrained encoders of that run came from are not needed again.
+
+    Raises:
+        InputError: an encoder can't be had, or `augment` asks for what it has not.
     """
     model = config.model if config.model.source is None else saved.described(config.model, config.model.source)
-    return build_dual_encoder(model, config.data.sample_rate, vocabulary)
+    built = build_dual_encoder(model, config.data.sample_rate, vocabulary)
+    built.audio.augment(config.augment)
+    return built
 
 
 def encode_anchors(state: TrainState) -> None:

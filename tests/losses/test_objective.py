@@ -260,3 +260,18 @@ def test_a_batch_of_invalid_rows_alone_costs_nothing():
     loss.backward()
     assert loss.item() == 0.0
     assert (audio.grad == 0).all()
+
+
+def test_a_mixed_row_is_not_judged_and_nothing_of_the_bank_is_its_own():
+    mixed = torch.tensor([True, False, False, False, False, False])
+    known = bank_rows()
+    output = run(Knowledge(reliability=ALWAYS, start=0.0), known, mixed=mixed)
+    plain = run(Knowledge(reliability=ALWAYS, start=0.0), known)
+    assert output.reliability[0] == -1
+    torch.testing.assert_close(output.reliability[1:], plain.reliability[1:])
+    assert not torch.isclose(output.loss, plain.loss)
+    # Whatever the bank holds of the pair that the row stands in place of says nothing.
+    other = replace(known, own_audio=known.own_audio.clone(), own_reliability=known.own_reliability.clone())
+    other.own_audio[0], other.own_reliability[0] = -known.own_audio[0], 0.1
+    assert torch.equal(run(Knowledge(reliability=ALWAYS, start=0.0), other, mixed=mixed).loss, output.loss)
+    assert not torch.equal(run(Knowledge(reliability=ALWAYS, start=0.0), other).loss, plain.loss)

@@ -1,18 +1,23 @@
-"""Audio encoders: shapes, quiet and short sounds, order, and the registry."""
+"""Audio encoders: shapes, quiet and short sounds, order, the registry, and masks of log-mels."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ask_dist.config import AudioModel, Model
+from ask_dist.config import AudioModel, Augment, Model
 from ask_dist.errors import InputError
-from ask_dist.models.audio import AudioEncoder, LogMel, build_audio_encoder, register_audio_encoder
+from ask_dist.models.audio import AudioEncoder, LogMel, SpecAugment, build_audio_encoder, register_audio_encoder
+from tests.models.conftest import needs_pretrained
+from tests.models.towers import save_ast, save_clap, save_cnn14, save_whisper
 
 RATE = 8000
+CLIPS, FRAMES, BANDS = 64, 50, 20
 
 
 def tone(hertz: float, seconds: float = 0.5) -> Tensor:
@@ -97,3 +102,101 @@ def test_anybodys_encoder_can_be_registered():
     torch.testing.assert_close(built(torch.full((2, 10), 0.5)), torch.full((2, 1), 0.25))
     with pytest.raises(InputError, match=r"data\.sample_rate=16000 does not fit .*test-loudness; set it to 8000"):
         build_audio_encoder(Model(audio=AudioModel(name="test-loudness")), 2 * RATE)
+
+
+def widths(masked: Tensor) -> Tensor:
+    """How many of each clip's columns are masked along the last axis, which must lie side by side."""
+    column = masked.all(dim=1)
+    edges = torch.diff(column.int(), dim=1, prepend=torch.zeros(len(column), 1, dtype=torch.int32))
+    assert (edges == 1).sum(dim=1).le(1).all()
+    return column.sum(dim=1)
+
+
+@pytest.mark.parametrize(("time", "frequency"), [(0.4, 0.0), (0.0, 0.5)])
+def test_a_mask_of_each_clips_own_is_no_longer_than_its_share(time, frequency):
+    torch.manual_seed(0)
+    log_mel = torch.randn(CLIPS, FRAMES, BANDS) + 3.0
+    changed = SpecAugment(time, frequency)(log_mel) != log_mel
+    along, length = (changed.transpose(1, 2), 0.4 * FRAMES) if time else (changed, 0.5 * BANDS)
+    masked = widths(along)
+    assert torch.equal(along, along.all(dim=1, keepdim=True).expand_as(along))
+    assert masked.max() <= length
+    assert 0.3 * length < masked.float().mean() < 0.6 * length  # uniform from 0
+    assert masked.unique().numel() > 5
+
+
+def test_what_is_masked_has_the_mean_and_equal_seeds_draw_equal_masks():
+    log_mel = torch.randn(CLIPS, 1, FRAMES, BANDS)
+    augment = SpecAugment(0.3, 0.3)
+    torch.manual_seed(1)
+    masked = augment(log_mel)
+    assert masked[masked != log_mel].unique().item() == pytest.approx(float(log_mel.mean()))
+    torch.manual_seed(1)
+    assert torch.equal(augment(log_mel), masked)
+    assert not torch.equal(augment(log_mel), masked)
+
+
+def test_without_shares_nothing_is_drawn():
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    log_mel = torch.randn(2, 3, 4)
+    torch.set_rng_state(before)
+    assert torch.equal(SpecAugment(0.0, 0.0)(log_mel), log_mel)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# How each is made, its rate, and its part that takes the log-mel.
+TOWERS = {
+    "conv": (None, 16_000, "blocks"),
+    "cnn14": (save_cnn14, 32_000, "bn0"),
+    "ast": (save_ast, 16_000, "network"),
+    "whisper": (save_whisper, 16_000, "network"),
+    "clap-htsat": (save_clap, 8000, "network"),
+    "yamnet": (None, 16_000, "network"),
+}
+
+
+@torch.no_grad()
+def network_input(tower: AudioEncoder, part: str, audio: Tensor) -> Tensor:
+    """What the network behind the log-mel takes in, clip by clip."""
+    seen: list[Tensor] = []
+
+    def note(_module: Any, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        seen.append(inputs[0] if inputs else next(iter(named.values())))
+
+    hook = tower.get_submodule(part).register_forward_pre_hook(note, with_kwargs=True)
+    tower(audio)
+    hook.remove()
+    return seen[0].reshape(len(audio), -1)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_masks_what_its_network_takes_in_training_alone(name: str, tmp_path: Path) -> None:
+    save, rate, part = TOWERS[name]
+    if name not in ("conv", "cnn14"):
+        needs_pretrained()
+    source = None if save is None else str(save(tmp_path / "tower"))
+    tower = build_audio_encoder(Model(audio=AudioModel(name=name, source=source, width=8)), rate)
+    audio = 0.3 * torch.randn(3, rate // 2, generator=torch.Generator().manual_seed(0))
+    plain = network_input(tower.train(), part, audio)
+    tower.augment(Augment(time_mask=0.8, frequency_mask=0.8))
+    torch.manual_seed(7)
+    masked = network_input(tower.train(), part, audio)
+    changed = masked != plain
+    assert masked.shape == plain.shape
+    assert changed.any(dim=1).all()
+    assert not changed.all(dim=1).any()
+    assert masked[changed].unique().numel() == 1
+    torch.manual_seed(7)
+    assert torch.equal(network_input(tower, part, audio), masked)
+    assert torch.equal(network_input(tower.eval(), part, audio), plain)
+
+
+class NoLogMel(AudioEncoder):
+    """Another package's, on the waveform."""
+
+
+def test_a_tower_without_a_log_mel_is_refused():
+    NoLogMel().augment(Augment(mix_share=0.5))
+    with pytest.raises(InputError, match=r"augment.time_mask and frequency_mask \(0.2\) .* NoLogMel does not have"):
+        NoLogMel().augment(Augment(frequency_mask=0.2))

@@ -1,0 +1,214 @@
+"""Cached vectors of frozen towers: what the towers give, of the very batches, computed once."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from ask_dist import config as configuration
+from ask_dist.config import Config
+from ask_dist.data.cache import file_sha256
+from ask_dist.data.loader import Batch, TrainLoader
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip, ShardList
+from ask_dist.errors import InputError
+from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from ask_dist.models.text import Vocabulary
+from ask_dist.train.embeddings import FOLDER, Embeddings, cached_embeddings, refuse_long_clips
+from tests.ranks import run_ranks
+
+RATE, SECONDS, CLIPS, BATCH = 16000, 0.5, 22, 8
+
+
+def noise(number: int, seconds: float = SECONDS) -> Clip:
+    audio = np.random.default_rng(number).normal(scale=0.1, size=round(seconds * RATE)).astype(np.float32)
+    captions = (f"noise number {number}", "a noise", f"the noise {number}")[: 1 + number % 3]
+    return Clip(f"clip-{number:02d}", audio, RATE, captions)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    write_shards(map(noise, range(CLIPS)), tmp_path / "train", "train", clips_per_shard=8)
+    return configured(tmp_path)
+
+
+def configured(folder: Path, **model: Any) -> Config:
+    frozen = {"audio": {"width": 8, "freeze": True}, "text": {"width": 32, "heads": 2, "freeze": True}}
+    tree = {
+        "name": "noise",
+        "output_dir": str(folder / "runs"),
+        "data": {"train": str(folder / "train"), "clip_seconds": SECONDS, "lanes": 2, "cache_embeddings": True},
+        "model": {"embedding_dim": 16, **frozen, **model},
+        "optimization": {"micro_batch_size": BATCH},
+    }
+    return configuration.parse(tree)
+
+
+def make_model(config: Config, seed: int = 0) -> DualEncoder:
+    torch.manual_seed(seed)
+    vocabulary = Vocabulary.train([f"the noise number {n}" for n in range(CLIPS)], 300)
+    return build_dual_encoder(config.model, RATE, vocabulary).train()
+
+
+def batches(shards: ShardList, embeddings: Embeddings, model: DualEncoder, count: int = 9) -> list[Batch]:
+    loader = TrainLoader(
+        shards,
+        rank=0,
+        world_size=1,
+        micro_batch_size=BATCH,
+        seed=5,
+        sample_rate=RATE,
+        clip_seconds=SECONDS,
+        lanes=2,
+        max_bad_share=0.5,
+    )
+    embeddings.feed(model, loader)
+    stream = loader.batches()
+    taken = list(itertools.islice(stream, count))
+    stream.close()
+    return taken
+
+
+def assert_same_features(config: Config) -> list[Batch]:
+    """Over three epochs, with and without the cache: batches, and features of the model as it trains."""
+    shards, model, cached_model = ShardList.load(config.data.train), make_model(config), make_model(config)
+    embeddings = cached_embeddings(config, cached_model, shards)
+    plain = batches(shards, Embeddings(), model)
+    cached = batches(shards, embeddings, cached_model)
+    for one, other in zip(plain, cached, strict=True):
+        assert (one.keys, one.captions) == (other.keys, other.captions)
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.valid, other.valid)
+        torch.manual_seed(one.step)  # of the heads' dropout
+        wanted = model(*Embeddings().inputs(one, model))
+        torch.manual_seed(one.step)
+        got = cached_model(*embeddings.inputs(other, cached_model))
+        for name in ("audio_features", "text_features"):
+            rows = getattr(got, name)[one.valid], getattr(wanted, name)[one.valid]
+            torch.testing.assert_close(*rows, atol=1e-5, rtol=0)
+    return cached
+
+
+def test_a_model_on_cached_vectors_trains_as_without(config):
+    cached = assert_same_features(config)
+    assert all(batch.audio.shape == (BATCH, 0) for batch in cached)
+    assert {caption for batch in cached for caption in batch.captions} >= {"a noise", "noise number 4"}
+
+
+@pytest.mark.parametrize("learning", ["audio", "text"])
+def test_one_frozen_tower_is_enough(tmp_path, config, learning):
+    settings = config.model.model_dump()[learning] | {"freeze": False}
+    config = configured(tmp_path, **{learning: settings})
+    cached = assert_same_features(config)
+    assert cached[0].audio.shape == (BATCH, round(SECONDS * RATE) if learning == "audio" else 0)
+    assert len(list((config.run_dir.parent / FOLDER).iterdir())) == 1
+
+
+def forbid(tower: nn.Module, _inputs: Any) -> None:
+    raise AssertionError(f"{type(tower).__name__} was run")
+
+
+def test_what_is_on_disk_is_not_computed_again(config):
+    shards, model = ShardList.load(config.data.train), make_model(config)
+    cached_embeddings(config, model, shards)
+    files = sorted((config.run_dir.parent / FOLDER).rglob("*.safetensors"))
+    assert len(files) == 2 * len(shards.paths)
+    model.audio.register_forward_pre_hook(forbid)
+    model.text.register_forward_pre_hook(forbid)
+    cached_embeddings(config, model, shards)
+    damaged = files[0]
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(AssertionError, match="was run"):
+        cached_embeddings(config, model, shards)
+    assert_same_features(config)
+
+
+def test_other_weights_have_other_vectors(config):
+    shards = ShardList.load(config.data.train)
+    ids = batches(shards, Embeddings(), make_model(config), 1)[0].ids.numpy()
+    one, other = (cached_embeddings(config, make_model(config, seed), shards) for seed in (0, 1))
+    assert not torch.allclose(one.audio.rows(ids), other.audio.rows(ids))
+    assert len(list((config.run_dir.parent / FOLDER).iterdir())) == 4
+
+
+def test_a_clip_that_cannot_be_decoded_is_the_same_bad_sample(tmp_path, config):
+    silent = Clip("silent", np.zeros(8000, np.float32), RATE, ("nothing",))
+    write_shards([*map(noise, range(7))], tmp_path / "train", "train", clips_per_shard=8)
+    write_shards([noise(8), noise(9)], tmp_path / "more", "more", clips_per_shard=8)
+    add_to_shard(tmp_path / "more", silent)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": (tmp_path / "train", tmp_path / "more")})}
+    )
+    shards, model = ShardList.load(config.data.train), make_model(config)
+    embeddings = cached_embeddings(config, model, shards)
+    assert embeddings.audio.bad == {"silent": "silent audio: peak 0.0e+00, at least 1e-04 is needed"}
+    cached = assert_same_features(config)
+    assert not any("silent" in batch.keys for batch in cached)
+
+
+def add_to_shard(folder: Path, clip: Clip) -> None:
+    """Adds a clip that `write_shards` would refuse, and lists the shard as it is then."""
+    (shard,) = folder.glob("*.tar")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, clip.audio, RATE, format="FLAC")
+    with tarfile.open(shard, "a") as archive:
+        for extension, content in (
+            ("flac", buffer.getvalue()),
+            ("json", json.dumps({"captions": list(clip.captions)}).encode()),
+        ):
+            member = tarfile.TarInfo(f"{clip.key}.{extension}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    sizes = json.loads((folder / "sizes.json").read_text())
+    sizes["shards"][shard.name] |= {"clips": 3, "sha256": file_sha256(shard)}
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+
+
+def test_a_clip_that_would_be_cropped_is_refused_before_the_run_and_in_it(tmp_path, config):
+    shards = ShardList.load(config.data.train)
+    refuse_long_clips(config, shards)
+    write_shards([*map(noise, range(5)), noise(5, 0.6)], tmp_path / "train", "train", clips_per_shard=8)
+    shards = ShardList.load(config.data.train)
+    wanted = r"train-000000.tar clip-05 has 0.60 s, over data.clip_seconds=0.5: .*data.cache_embeddings"
+    with pytest.raises(InputError, match=wanted):
+        refuse_long_clips(config, shards)
+    with pytest.raises(InputError, match=wanted):
+        cached_embeddings(config, make_model(config), shards)
+
+
+def test_a_shard_that_is_not_what_was_packed_is_refused(config):
+    shards, model = ShardList.load(config.data.train), make_model(config)
+    intact = shards.paths[1].read_bytes()
+    shards.paths[1].write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(InputError, match=r"train-000001.tar: its SHA-256 .*restore it or pack again"):
+        cached_embeddings(config, model, shards)
+    shards.paths[1].write_bytes(intact)
+    embeddings = cached_embeddings(config, model, shards)
+    with pytest.raises(InputError, match="no vector of one of its clips"):
+        embeddings.audio.rows(np.array([12345]))
+
+
+def both_ranks(rank: int, folder: str) -> list[torch.Tensor]:
+    config = configured(Path(folder))
+    shards, model = ShardList.load(config.data.train), make_model(config)
+    embeddings = cached_embeddings(config, model, shards, rank, 2)
+    plain = batches(shards, Embeddings(), make_model(config), 3)
+    return [embeddings.audio.rows(batch.ids.numpy()) for batch in plain]
+
+
+@pytest.mark.multiprocess
+def test_ranks_share_the_work_and_each_has_all_of_it(tmp_path, config):
+    one, other = run_ranks(both_ranks, 2, tmp_path / "ranks", str(tmp_path))
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.any(dim=1).sum() > 0
