@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from ask_dist.data.audio import BadSample, decode, fit_length, resample
+from ask_dist.data.audio import BadSample, decode, fit_length, resample, seconds
 
 
 def encoded(audio: np.ndarray, rate: int = 8000, kind: str = "WAV", subtype: str = "FLOAT") -> bytes:
@@ -46,6 +46,13 @@ def test_decode_says_what_is_bad(data: bytes, reason: str) -> None:
 
 def test_the_quietest_usable_clip_is_kept() -> None:
     assert decode(encoded(np.full(100, -1.1e-4, np.float32)))[0].shape == (100,)
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])
+def test_a_header_tells_the_length(kind: str, subtype: str) -> None:
+    assert seconds(encoded(sine(8000, 1.25), kind=kind, subtype=subtype)) == 1.25
+    with pytest.raises(BadSample, match="undecodable"):
+        seconds(b"no audio at all")
 
 
 @pytest.mark.parametrize("rate", [44100, 48000, 22050, 8000, 16000, 31571, 15999])

@@ -132,6 +132,20 @@ def test_resuming_from_any_step_gives_the_uninterrupted_stream(
         assert_same(resumed, expected)
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_without_sounds_the_same_batches_come_with_their_captions_alone(shards: ShardList, processes: int) -> None:
+    whole, silent = loader(shards), loader(shards, processes=processes, max_bad_share=0.5)
+    silent.leave_out_sounds({"clip-007": "silent audio"})
+    for one, other in zip(take(whole, 9), take(silent, 9), strict=True):
+        left_out = torch.tensor([key == "clip-007" for key in one.keys])
+        assert other.audio.shape == (16, 0)
+        assert torch.equal(other.valid, one.valid & ~left_out)
+        assert torch.equal(other.ids, one.ids.masked_fill(left_out, -1))
+        for row in other.valid.nonzero():
+            assert (other.keys[row], other.captions[row]) == (one.keys[row], one.captions[row])
+    assert {(record["key"], record["reason"]) for record in silent.bad.records} == {("clip-007", "silent audio")}
+
+
 def test_epochs_and_seeds_differ_in_order(shards: ShardList) -> None:
     source = loader(shards)
     steps = source.steps_per_epoch

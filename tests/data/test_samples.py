@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.samples import LARGEST, Raw, open_clip, read_shard
+from ask_dist.data.samples import LARGEST, Raw, open_clip, open_description, read_shard
 
 
 def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -98,6 +98,19 @@ def test_open_clip_names_bad_descriptions(corpus: Path, description: Any, reason
     raw = next(read_shard(corpus / "train-000000.tar", 0, 1))
     with pytest.raises(BadSample, match=reason):
         open_clip(Raw("s", "k", {**raw.members, "json": json.dumps(description).encode()}), 8000)
+
+
+def test_a_description_is_opened_without_the_sound_that_must_be_there(corpus: Path) -> None:
+    raw = next(read_shard(corpus / "train-000000.tar", 0, 1))
+    undecodable = Raw("s", "k", {**raw.members, "flac": b"no audio at all"})
+    assert open_description(undecodable) == open_clip(raw, 8000)[1]
+    for wrong, reason in (
+        ({"json": raw.members["json"]}, "no sound"),
+        ({"flac": b""}, "no .json member"),
+        ({**raw.members, "json": b"{}"}, "unusable JSON"),
+    ):
+        with pytest.raises(BadSample, match=reason):
+            open_description(Raw("s", "k", wrong))
 
 
 def test_open_clip_names_broken_and_missing_members(tmp_path: Path) -> None:

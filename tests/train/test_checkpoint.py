@@ -211,6 +211,7 @@ def config_with(*overrides: str) -> configuration.Config:
         "model.from=runs/moved",
         "model.audio.source=encoders/moved",
         "model.text.source=encoders/moved",
+        "augment.mix_share=0",
     ],
 )
 def test_what_may_change_on_resume_keeps_the_lineage(override):
@@ -232,6 +233,8 @@ def test_the_same_global_batch_on_fewer_workers_keeps_the_lineage():
         "optimization.micro_batch_size=64",
         "data.lanes=4",
         "data.shuffle_window=8",
+        "augment.time_mask=0.1",
+        "augment.mix_share=0.1",
     ],
 )
 def test_what_must_not_change_on_resume_changes_the_lineage(override):
