@@ -79,7 +79,8 @@ class AskObjective:
         """
         valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
         mixed = torch.zeros_like(valid) if mixed is None else mixed
-        neighbours = neighbours and neighbours.without_own(mixed)
+        if neighbours is not None:
+            neighbours = neighbours.without_own(mixed)
         batch = gather(audio_features, text_features, ids, valid)
         reliability = self._reliability(batch, len(ids), neighbours).masked_fill(mixed, UNKNOWN)
         weights = self._weights(reliability, neighbours, progress)
