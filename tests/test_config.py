@@ -231,6 +231,7 @@ def test_what_augmentation_and_cached_embeddings_cannot_do_is_refused():
     assert "model.text.freeze to true" in refusal(cached)
     assert "augment.mix_share=0.5" in refusal(cached, frozen, "augment.mix_share=0.5")
     assert refusal("augment.mix_share=1.5").startswith("augment.mix_share=1.5: ")
+    assert "model.audio.unfreeze_at=0.3" in refusal(frozen, cached, "model.audio.unfreeze_at=0.3")
     assert parse(frozen, cached).data.cache_embeddings
     assert parse("model.text.freeze=true", cached, "augment.time_mask=0.2").augment.time_mask == 0.2
 

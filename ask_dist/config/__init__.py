@@ -1,0 +1,51 @@
+"""The schema of a run: one YAML file, validated as a whole before anything starts.
+
+Imports neither ray nor torch, so that `ask-dist --help` and a configuration error are quick.
+"""
+
+from ask_dist.config.files import apply_override, dump, load, parse, read, validated
+from ask_dist.config.run import Config
+from ask_dist.config.sections import (
+    AudioModel,
+    Augment,
+    Bank,
+    Cluster,
+    Count,
+    Data,
+    Knowledge,
+    Lora,
+    Model,
+    Optimization,
+    Positive,
+    Refine,
+    Reliability,
+    Section,
+    Share,
+    TextModel,
+)
+
+__all__ = [
+    "AudioModel",
+    "Augment",
+    "Bank",
+    "Cluster",
+    "Config",
+    "Count",
+    "Data",
+    "Knowledge",
+    "Lora",
+    "Model",
+    "Optimization",
+    "Positive",
+    "Refine",
+    "Reliability",
+    "Section",
+    "Share",
+    "TextModel",
+    "apply_override",
+    "dump",
+    "load",
+    "parse",
+    "read",
+    "validated",
+]

@@ -1,0 +1,154 @@
+"""A whole run: its sections together, and what they must not say at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from ask_dist.config.sections import (
+    Augment,
+    Bank,
+    Cluster,
+    Data,
+    Knowledge,
+    Model,
+    Optimization,
+    Refine,
+    Section,
+)
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output_dir: Path = Path("runs")
+    cluster: Cluster = Cluster()
+    data: Data
+    model: Model = Model()
+    augment: Augment = Augment()
+    optimization: Optimization = Optimization()
+    knowledge: Knowledge = Knowledge()
+    bank: Bank = Bank()
+    refine: Refine = Refine()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run's files, made absolute: workers have another working folder than the driver."""
+        return (self.output_dir / self.name).absolute()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs a global step, over all workers."""
+        return self.optimization.micro_batch_size * self.cluster.num_workers
+
+    def anchored(self) -> Config:
+        """The same run with absolute paths, for processes that have another working folder."""
+        tree = self.model_dump(mode="json")
+        tree["output_dir"] = str(self.output_dir.absolute())
+        for key in ("train", "validation", "test", "cache_dir"):
+            tree["data"][key] = _anchored(getattr(self.data, key))
+        for tower in (tree["model"]["audio"], tree["model"]["text"]):
+            if tower["source"] is not None and Path(tower["source"]).exists():  # else the id of a hub
+                tower["source"] = str(Path(tower["source"]).absolute())
+        for section in ("model", "bank"):
+            if tree[section]["from"] is not None:
+                tree[section]["from"] = str(Path(tree[section]["from"]).absolute())
+        return Config.model_validate(tree)
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Config:
+        for check in (_check_batch, _check_towers, _check_inputs, _check_bank):
+            check(self)
+        return self
+
+
+def _anchored(place: Any) -> Any:
+    """A place, or several, with local paths absolute."""
+    if isinstance(place, tuple):
+        return tuple(map(_anchored, place))
+    return place.absolute() if isinstance(place, Path) else place
+
+
+def _check_batch(config: Config) -> None:
+    workers, lanes = config.cluster.num_workers, config.data.lanes
+    if lanes % workers:
+        fit = workers * max(1, lanes // workers)
+        raise ValueError(f"data.lanes={lanes} is no multiple of cluster.num_workers={workers}; set it to {fit}")
+    if config.global_batch_size % lanes:
+        fit = max(1, round(config.global_batch_size / lanes)) * lanes // workers
+        raise ValueError(
+            f"the global batch of {config.global_batch_size} (optimization.micro_batch_size x cluster.num_workers) "
+            f"is no multiple of data.lanes={lanes}; set optimization.micro_batch_size={fit} or other lanes"
+        )
+    if config.optimization.precision == "bf16" and config.cluster.use_gpu is False:
+        raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
+
+
+def _check_towers(config: Config) -> None:
+    if config.model.text.width % config.model.text.heads:
+        text = config.model.text
+        raise ValueError(f"model.text.width={text.width} is no multiple of model.text.heads={text.heads}")
+    for side, tower in (("audio", config.model.audio), ("text", config.model.text)):
+        if tower.unfreeze_at is not None and not tower.freeze:
+            raise ValueError(
+                f"model.{side}.unfreeze_at={tower.unfreeze_at} is of a frozen tower; set model.{side}.freeze=true"
+            )
+        if tower.lora is not None and tower.freeze:
+            raise ValueError(
+                f"model.{side}.freeze=true leaves nothing of model.{side}.lora to learn, which freezes the tower's "
+                "own weights itself; leave one out"
+            )
+
+
+def _check_inputs(config: Config) -> None:
+    """What the towers are given: shards, augmentation, vectors that were kept."""
+    sources = len(config.data.train) if isinstance(config.data.train, tuple) else 1
+    if config.data.weights is not None and len(config.data.weights) != sources:
+        raise ValueError(f"data.weights has {len(config.data.weights)} numbers for {sources} entries of data.train")
+    masked = max(config.augment.time_mask, config.augment.frequency_mask)
+    if masked and config.model.audio.freeze:
+        raise ValueError(
+            f"augment.time_mask and frequency_mask ({masked:g}) are for towers that learn; set both to 0 or "
+            "model.audio.freeze=false"
+        )
+    cached = config.data.cache_embeddings
+    if cached and not (config.model.audio.freeze or config.model.text.freeze):
+        raise ValueError(
+            "data.cache_embeddings=true keeps vectors of frozen towers, and both towers learn; set it to false, or "
+            "model.audio.freeze or model.text.freeze to true"
+        )
+    for side, tower in (("audio", config.model.audio), ("text", config.model.text)):
+        if cached and tower.unfreeze_at is not None:
+            raise ValueError(
+                f"model.{side}.unfreeze_at={tower.unfreeze_at:g} lets a tower learn, whose vectors "
+                "data.cache_embeddings=true keeps; leave one out"
+            )
+    if cached and config.augment.mix_share:
+        raise ValueError(
+            f"augment.mix_share={config.augment.mix_share:g} makes new clips in every step, which "
+            "data.cache_embeddings=true can't have kept; set one of them to 0 or false"
+        )
+
+
+def _check_bank(config: Config) -> None:
+    if config.optimization.deterministic and config.bank.replicas > 1:
+        raise ValueError(
+            f"bank.replicas={config.bank.replicas} follow their shard by the clock, which "
+            "optimization.deterministic excludes; set bank.replicas=1"
+        )
+    if config.optimization.deterministic and config.bank.index != "flat":
+        raise ValueError(
+            f"bank.index={config.bank.index} is trained by the clock, which optimization.deterministic excludes; "
+            "set bank.index=flat"
+        )
+    if config.bank.source is not None and config.model.source is None:
+        raise ValueError(
+            f"bank.from={config.bank.source} holds rows of another run's weights, which new weights can't read; "
+            "set model.from=RUN, the run that encoded them"
+        )
+    if config.bank.source is not None and not config.knowledge.enabled:
+        raise ValueError(f"bank.from={config.bank.source} needs a bank, knowledge.enabled is false; leave one out")
