@@ -161,6 +161,9 @@ class Optimization(Section):
     evaluate_every: Positive = Field(2.0, description="epochs between evaluations on the validation shards")
     checkpoint_every: Positive = Field(2.0, description="epochs between checkpoints")
     keep_checkpoints: Count = 2
+    max_skipped: Count = Field(
+        20, description="steps in a row that are not finite, after which the run goes back to its last checkpoint"
+    )
 
 
 class Reliability(Section):

@@ -32,10 +32,14 @@ def learning_rate(optimization: Optimization, global_step: int, total_steps: int
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of `Engine.step`: the rate used and the global gradient norm before clipping."""
+    """Outcome of `Engine.step`: the rate used, the global gradient norm before clipping, and whether the weights moved.
+
+    They do not where a gradient of any rank is not finite; the norm is not finite then either.
+    """
 
     learning_rate: float
     gradient_norm: float
+    updated: bool
 
 
 class Engine:
@@ -117,14 +121,30 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self) -> StepResult:
-        """Clips, updates, and advances global_step."""
+        """Clips, updates, and advances global_step. Gradients that are not finite are dropped on all ranks alike."""
         rate = learning_rate(self.optimization, self.global_step, self.total_steps)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = 0.0 if self._is_held(group) else rate * group["scale"]
-        self.deepspeed.step()
-        self._follow_update()
+        norm, updated = self._update()
+        if updated:
+            self._follow_update()
         self.global_step += 1
-        return StepResult(rate, float(self.deepspeed.get_global_grad_norm() or 0.0))
+        return StepResult(rate, norm, updated)
+
+    def _update(self) -> tuple[float, bool]:
+        """DeepSpeed's step: the global gradient norm, and whether it was finite and the step therefore taken."""
+        if self.optimization.zero_stage > 0:
+            self.deepspeed.step()
+            updated = not self.deepspeed.optimizer.overflow
+            return float(self.deepspeed.get_global_grad_norm()) if updated else math.inf, updated
+        # Without ZeRO DeepSpeed has the reduced gradients whole on every rank, and looks at none of them.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return math.inf, False
+        self.deepspeed.step()
+        return norm, True
 
     def skip(self) -> None:
         """Advances global_step without an update; all ranks must skip together."""

@@ -21,7 +21,7 @@ from ask_dist.files import writing
 from ask_dist.models.saved import save_model
 
 if TYPE_CHECKING:
-    from ask_dist.train.loop import TrainState
+    from ask_dist.train.state import TrainState
 
 PROBE_CLIPS = 512
 LIBRARIES = ("torch", "torchaudio", "ray", "deepspeed", "faiss-gpu", "torch-geometric", "webdataset")

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ask_dist import config as configuration
-from ask_dist.cluster import Actors
 from ask_dist.config import Config
 from ask_dist.data.cache import cache_of
 from ask_dist.data.leaks import HeldOut
@@ -27,52 +23,19 @@ from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.quarantine import QUARANTINE
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
-from ask_dist.evaluate.drift import out_of_span_share
 from ask_dist.evaluate.encode import encode, gather_encoded, retrieval_results
-from ask_dist.losses.objective import AskObjective, ObjectiveOutput
-from ask_dist.models.dual_encoder import Features
+from ask_dist.losses.objective import AskObjective
 from ask_dist.models.lora import add_adapters
 from ask_dist.models.saved import load_weights
 from ask_dist.models.text import Vocabulary
 from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish, start
-from ask_dist.train.embeddings import Embeddings, cached_embeddings
+from ask_dist.train.embeddings import cached_embeddings
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
-from ask_dist.train.mixing import mix
-from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, StageClock, last_time
-
-
-@dataclass
-class TrainState:
-    """All that a worker's loop holds."""
-
-    config: Config
-    rank: int
-    world_size: int
-    engine: Engine
-    objective: AskObjective
-    loader: TrainLoader
-    shards: dict[str, ShardList]
-    held_out: HeldOut
-    knowledge: KnowledgeSource | None
-    actors: Actors
-    total_steps: int
-    lineage: str
-    log: MetricsLog | None
-    audit: AuditLog | None
-    embeddings: Embeddings = field(default_factory=Embeddings)
-    clock: StageClock = field(default_factory=StageClock)
-    samples_seen: int = 0
-    skipped_steps: int = 0
-    trusted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    diagnostics: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that lies behind."""
-        return self.engine.global_step / self.total_steps
+from ask_dist.train.state import TrainState
+from ask_dist.train.step import train_step
+from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, last_time
 
 
 def train_loop_per_worker(job: dict[str, Any]) -> None:
@@ -197,102 +160,6 @@ def with_next(batches: Iterator[Batch], state: TrainState) -> Iterator[tuple[Bat
             following = next(batches)
         yield current, following
         current = following
-
-
-def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[str, float], int]:
-    """One global step on this rank.
-
-    Returns:
-        What to log, and the number of pairs that all ranks trained on.
-    """
-    engine, clock = state.engine, state.clock
-    step, device = engine.global_step, engine.device
-    # Dropout is a function of the step, so an exact resume needs no generator states.
-    torch.manual_seed(step_seed(state.config.seed, step, state.rank))
-    with clock("knowledge"):
-        neighbours = None
-        if state.knowledge:
-            neighbours = state.knowledge.exchange(batch.ids, following.ids, step, state.total_steps)
-    batch, mixed = mix(batch, state.config.augment.mix_share, device)
-    ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
-    with clock("forward"):
-        audio, tokens = state.embeddings.inputs(batch, engine.module)
-        features: Features = engine(audio.to(device, non_blocking=True), tokens.to(device))
-    probe = (step + 1) % state.config.optimization.log_every == 0
-    if probe:
-        for rows in features[:2]:
-            if rows.requires_grad:  # not those of a frozen tower without a projection
-                rows.retain_grad()
-    with clock("loss"):
-        output = state.objective(*features, ids, valid, neighbours, state.progress, mixed)
-        loss, pairs, finite = _agree(output.loss, valid)
-    if not finite:  # on any rank: all leave the step out together
-        engine.skip()
-        state.skipped_steps += 1
-        return {"train/skipped_steps": float(state.skipped_steps)}, 0
-    with clock("backward"):
-        engine.backward(output.loss)
-    if probe:
-        state.diagnostics = _diagnostics(features, output)
-    with clock("step"):
-        result = engine.step()
-    if state.knowledge:
-        with clock("knowledge"):
-            rows = (features.audio_features, features.text_features, output.reliability)
-            clips = valid & ~mixed
-            state.knowledge.upsert(ids[clips], *(values[clips] for values in rows), step)
-    _remember_trust(state, batch, output)
-    if state.audit is not None:
-        state.audit.log(step, output.batch.ids[output.batch.valid].tolist())
-    clock.step()
-    state.samples_seen += pairs
-    return _step_metrics(state, loss, features, output, result), pairs
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of a step's dropout on a rank, independent of every other step's and rank's."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
-
-
-def _step_metrics(state: TrainState, loss: float, features: Features, output: ObjectiveOutput, result: Any) -> dict:
-    return {
-        "train/loss": loss,
-        "train/logit_scale": float(features.logit_scale),
-        "train/learning_rate": result.learning_rate,
-        "train/gradient_norm": result.gradient_norm,
-        "train/knowledge_used": float(output.knowledge_used),
-        "train/skipped_steps": float(state.skipped_steps),
-        **{f"loss/{name}": float(value) for name, value in output.terms.items()},
-    }
-
-
-def _agree(loss: Tensor, valid: Tensor) -> tuple[float, int, bool]:
-    """Mean loss, valid pairs, and whether the loss is finite on every rank: one collective."""
-    finite = torch.isfinite(loss.detach())
-    facts = torch.stack([torch.where(finite, loss.detach(), 0.0), valid.sum().float(), (~finite).float()])
-    dist.all_reduce(facts)
-    total, pairs, broken = facts.tolist()
-    return total / dist.get_world_size(), int(pairs), broken == 0
-
-
-def _diagnostics(features: Features, output: ObjectiveOutput) -> dict[str, float]:
-    """GLB: the gradient's share outside the span of the batch; and whether one modality learns faster."""
-    audio, text = features.audio_features.grad, features.text_features.grad
-    if audio is None or text is None:
-        return {}
-    span = torch.cat([output.batch.audio_features.detach(), output.batch.text_features.detach()])
-    shares = [out_of_span_share(gradient.detach().float(), span.float()) for gradient in (audio, text)]
-    return {
-        "train/out_of_batch_gradient_share": sum(shares) / 2,
-        "train/gradient_norm_ratio": float(audio.norm() / text.norm().clamp(min=1e-12)),
-    }
-
-
-def _remember_trust(state: TrainState, batch: Batch, output: ObjectiveOutput) -> None:
-    """Keeps the reliability of the last epoch's pairs, for the report's histogram."""
-    if state.engine.global_step > state.total_steps - state.loader.steps_per_epoch:
-        known = batch.valid & (output.reliability.cpu() >= 0)
-        state.trusted.append((output.reliability.cpu()[known], batch.swapped[known]))
 
 
 def log_step(state: TrainState, values: dict[str, float], samples_per_second: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +28,7 @@ from ask_dist.models.text import Vocabulary
 from ask_dist.train import checkpoint, loop
 from ask_dist.train.progress import live
 from ask_dist.train.start import check_start
+from ask_dist.train.step import NotFinite
 
 VOCABULARY_CAPTIONS = 50_000
 RAY_LIST = "checkpoint_manager_snapshot.json"
@@ -150,7 +151,8 @@ def fit(
         callbacks: of Ray Train, such as Tune's that forwards reports.
 
     Raises:
-        InputError: a worker met one, or the disk refused to take Ray Train's own files.
+        InputError: a worker met one, the disk refused to take Ray Train's own files, or too many steps in a row were
+            not finite.
     """
     gpu = cluster.use_gpu(config)
     scaling = ScalingConfig(
@@ -182,6 +184,13 @@ def fit(
         if code in DISK_ERRORS:
             raise refusal(config.run_dir / checkpoint.FOLDER, code) from None
         raise (cause if isinstance(cause, InputError) else error) from None
+    except WorkerGroupError as error:
+        for cause in error.worker_failures.values():
+            if isinstance(cause, NotFinite):
+                raise InputError(
+                    f"{cause} ({config.cluster.max_failures} returns to a checkpoint did not help)"
+                ) from None
+        raise
 
 
 def steps_per_epoch(config: Config, shards: ShardList) -> int:

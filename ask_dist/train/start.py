@@ -18,7 +18,7 @@ from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.text import Vocabulary
 
 if TYPE_CHECKING:
-    from ask_dist.train.loop import TrainState
+    from ask_dist.train.state import TrainState
 
 # What the weights do not depend on. The tokenizer, which comes with them, is as large as it is; where the encoders came
 # from does not matter any more.

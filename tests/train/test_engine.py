@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -86,10 +87,33 @@ def evaluate_whole(engine: Engine, rank: int) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def step_with_a_broken_gradient(rank: int, stage: int) -> dict[str, Any]:
+    """One rank has a gradient that is not a number, between steps that have none."""
+    engine = make_engine(stage)
+    train(engine, 2)
+    before = engine.state()
+    loss = (engine(torch.ones(2, 320)) - 1.0).square().mean()
+    engine.backward(loss * (math.nan if rank == 1 else 1.0))
+    result = engine.step()
+    after = engine.state()
+    untouched = make_engine(stage)
+    train(untouched, 2)
+    untouched.skip()
+    return {
+        "updated": result.updated,
+        "norm": result.gradient_norm,
+        "moved": [name for name in before if name != "global_step" and not torch.equal(before[name], after[name])],
+        "step": int(after["global_step"]) - int(before["global_step"]),
+        "then": train(engine, 2),
+        "wanted": train(untouched, 2),
+    }
+
+
 def all_stages(rank: int) -> dict[int | str, Any]:
     """One start of the processes for all tests: it costs more than the tests themselves."""
     stages: dict[int | str, Any] = {stage: continue_from_state(rank, stage) for stage in (0, 1, 2, 3)}
-    return stages | {"disturbed": evaluate_between_steps(rank)}
+    broken = {stage: step_with_a_broken_gradient(rank, stage) for stage in (0, 1, 2, 3)}
+    return stages | {"disturbed": evaluate_between_steps(rank), "broken": broken}
 
 
 def continue_elsewhere(rank: int, state: dict[str, Tensor]) -> list[float]:
@@ -201,3 +225,15 @@ def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
 def test_the_learning_rate_is_positive_on_short_runs(warmup_share, total):
     settings = Optimization(learning_rate=1.0, warmup_share=warmup_share)
     assert all(0.0 < learning_rate(settings, step, total) <= 1.0 for step in range(total + 1))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(stages, stage):
+    for rank in stages:
+        found = rank["broken"][stage]
+        assert not found["updated"]
+        assert math.isinf(found["norm"])
+        assert found["moved"] == []
+        assert found["step"] == 1
+        assert found["then"] == found["wanted"]
