@@ -152,7 +152,7 @@ TOWERS = {
     "ast": (save_ast, 16_000, "network"),
     "whisper": (save_whisper, 16_000, "network"),
     "clap-htsat": (save_clap, 8000, "network"),
-    "yamnet": (None, 16_000, "network"),
+    "yamnet": (None, 16_000, "network.0"),
 }
 
 
