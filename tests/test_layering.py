@@ -23,7 +23,7 @@ NO_RAY = {
         *("shard", "local"),
     ],
     "refine.": ["graph", "gnn", "strategies", "refiner"],
-    "train.": ["embeddings", "engine", "mixing", "checkpoint", "tracking", "progress"],
+    "train.": ["embeddings", "engine", "mixing", "checkpoint", "tracking", "trackers", "profiling", "progress"],
     "ablation.": ["space", "inputs", "knowledge", "trial", "probes", "statistics", "analysis", "plots", "report"],
 }
 NEVER_IMPORT = {

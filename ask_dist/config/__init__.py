@@ -22,6 +22,7 @@ from ask_dist.config.sections import (
     Section,
     Share,
     TextModel,
+    Tracking,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Section",
     "Share",
     "TextModel",
+    "Tracking",
     "apply_override",
     "dump",
     "load",

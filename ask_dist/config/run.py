@@ -17,6 +17,7 @@ from ask_dist.config.sections import (
     Optimization,
     Refine,
     Section,
+    Tracking,
 )
 
 
@@ -34,6 +35,7 @@ class Config(Section):
     knowledge: Knowledge = Knowledge()
     bank: Bank = Bank()
     refine: Refine = Refine()
+    tracking: Tracking = Tracking()
 
     @property
     def run_dir(self) -> Path:

@@ -228,3 +228,13 @@ class Refine(Section):
     hidden: Count = 128
     steps: Count = Field(60, description="optimizer steps a generation")
     minimum_fresh: Count = Field(128, description="re-encoded rows that a generation needs")
+
+
+class Tracking(Section):
+    """Who shows the metrics beside metrics.jsonl. Keys and passwords come from the environment alone."""
+
+    tensorboard: bool = Field(False, description="event files in the run's folder")
+    wandb: Annotated[str, Field(min_length=1)] | None = Field(None, description="project of Weights & Biases")
+    wandb_mode: Literal["online", "offline"] = "online"
+    mlflow: Annotated[str, Field(min_length=1)] | None = Field(None, description="URI of an MLflow tracking server")
+    profile: bool = Field(False, description="trace of a few steps, by torch's profiler")

@@ -119,10 +119,12 @@ def _run_facts(state: TrainState) -> dict[str, Any]:
     return {
         "throughput": {
             "samples_per_second": median("train/samples_per_second"),
+            "audio_hours_per_second": median("train/audio_hours_per_second"),
             "samples_seen": state.samples_seen,
             "global_steps": state.engine.global_step,
             "skipped_steps": state.skipped_steps,
             **{name: median(name) for name in sorted(series) if name.startswith("time/")},
+            **{name: max(series[name].values()) for name in sorted(series) if name.startswith("memory/")},
         },
         "diagnostics": {
             "out_of_batch_gradient_share": float(np.median(open_gate)) if open_gate else None,

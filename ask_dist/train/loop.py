@@ -33,8 +33,10 @@ from ask_dist.train import checkpoint, finish, start
 from ask_dist.train.embeddings import cached_embeddings
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
+from ask_dist.train.profiling import FOLDER, TracingClock, memory
 from ask_dist.train.state import TrainState
 from ask_dist.train.step import train_step
+from ask_dist.train.trackers import feeds
 from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, last_time
 
 
@@ -101,9 +103,11 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         actors=actors,
         total_steps=total_steps,
         lineage=checkpoint.lineage(config, shards["train"].fingerprint),
-        log=MetricsLog(metrics, last_time(metrics)) if rank == 0 else None,
+        log=MetricsLog(metrics, last_time(metrics), feeds(config)) if rank == 0 else None,
         audit=AuditLog(config.run_dir / AUDIT) if config.data.audit and rank == 0 else None,
     )
+    if rank == 0 and config.tracking.profile:
+        state.clock = TracingClock(config.run_dir / FOLDER, device)
     resume(state, job["checkpoint"])
     if config.data.cache_embeddings:  # the weights of frozen towers are now those of the checkpoint
         state.embeddings = cached_embeddings(config, state.engine.whole(), shards["train"], rank, world_size)
@@ -168,9 +172,10 @@ def log_step(state: TrainState, values: dict[str, float], samples_per_second: fl
     if state.log is None:
         return
     extra = state.knowledge.metrics() if state.knowledge else {}
-    row = values | state.diagnostics | stages | extra
+    row = values | state.diagnostics | stages | extra | memory(state.engine.device)
     row |= {
         "train/samples_per_second": samples_per_second,
+        "train/audio_hours_per_second": samples_per_second * state.config.data.clip_seconds / 3600,
         "train/samples_seen": float(state.samples_seen),
         "train/epoch": state.engine.global_step / state.loader.steps_per_epoch,
         "data/bad_samples": float(state.loader.bad.count),

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 POLL_SECONDS = 0.25
@@ -23,7 +25,7 @@ class Follower:
         # A killed run's half row at the end does not count: the resumed run cuts it off before it appends.
         self._offset = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
 
-    def rows(self) -> Iterator[dict[str, float]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The complete rows since the last call."""
         if not self._path.is_file():
             return
@@ -38,10 +40,10 @@ class Follower:
 
 @contextmanager
 def live(console: Console, path: Path, total_steps: int) -> Iterator[None]:
-    """Shows the progress of the run that writes `path`, until the block ends.
+    """Shows the progress of the run that writes `path`, and its warnings, until the block ends.
 
-    On a terminal a bar with loss, samples/s, bank rows, staleness and refiner commits; elsewhere (a job's log) a line
-    now and then.
+    On a terminal a bar with loss, samples/s, bank rows, staleness, refiner commits and memory; elsewhere (a job's log)
+    a line now and then.
     """
     stop = threading.Event()
     follower = Follower(path)
@@ -62,6 +64,8 @@ def describe(row: dict[str, float]) -> str:
         ("bank", "bank/rows", "{:.0f}"),
         ("staleness", "bank/staleness", "{:.0f}"),
         ("commits", "bank/generation", "{:.0f}"),
+        ("GiB", "memory/rss_gib", "{:.1f}"),
+        ("GPU GiB", "memory/peak_gib", "{:.1f}"),
         ("R@1", "eval/validation/text_to_audio_R@1", "{:.1f}"),
     )
     known = [(name, row.get(key), form) for name, key, form in parts]
@@ -86,6 +90,9 @@ def _follow(console: Console, follower: Follower, total_steps: int, stop: thread
         while True:
             last_look = stop.is_set()
             for row in follower.rows():
+                if "warning" in row:
+                    line = escape(row.pop("warning"))
+                    console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)
                 latest |= row
             quiet += POLL_SECONDS
             if latest:

@@ -29,6 +29,7 @@ from ask_dist.train import checkpoint, loop
 from ask_dist.train.progress import live
 from ask_dist.train.start import check_start
 from ask_dist.train.step import NotFinite
+from ask_dist.train.trackers import check_trackers
 
 VOCABULARY_CAPTIONS = 50_000
 RAY_LIST = "checkpoint_manager_snapshot.json"
@@ -71,7 +72,8 @@ def train(
 
 def check_data(config: Config) -> dict[str, ShardList]:
     """The shard lists, or InputError when a split is missing or has fewer shards than workers, or when the run can't
-    start from what it names."""
+    start from what it names or be tracked as asked."""
+    check_trackers(config)
     shards = loop.load_shards(config)
     check_start(config, shards)
     workers, count = config.cluster.num_workers, len(shards["train"].paths)

@@ -6,11 +6,13 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ask_dist.files import writing
+from ask_dist.train.trackers import Feed
 
 AUDIT = "audit.jsonl"  # in a run's folder
 
@@ -21,28 +23,45 @@ class MetricsLog:
     Args:
         path: the file; a resumed run goes on in it.
         elapsed: seconds that the run had taken before it was resumed.
+        feeds: further places for the rows. One that fails is named in a row {"step", "time", "warning"}.
 
     Raises:
         DiskError: here and in `log`, the disk is full or can't be written.
     """
 
-    def __init__(self, path: Path, elapsed: float = 0.0) -> None:
+    def __init__(self, path: Path, elapsed: float = 0.0, feeds: Sequence[Feed] = ()) -> None:
         self._path = path
         with writing(path):
             _drop_cut_line(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (held for the length of the run)
         self._start = time.monotonic() - elapsed
+        self._feeds = feeds
+        self._step = 0
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Writes one row at once, so that whoever follows the file sees it; values that are not finite become null."""
-        row: dict[str, float | None] = {"step": step, "time": round(time.monotonic() - self._start, 3)}
-        row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._step = step
+        self._write({name: value if math.isfinite(value) else None for name, value in metrics.items()})
+        for feed in self._feeds:
+            feed.log(metrics, step)
+        self._warn()
+
+    def close(self) -> None:
+        """Waits for the feeds too, a minute at most for each that does not answer."""
+        for feed in self._feeds:
+            feed.close()
+        self._warn()
+        self._file.close()
+
+    def _warn(self) -> None:
+        for problem in filter(None, [feed.take_problem() for feed in self._feeds]):
+            self._write({"warning": problem})
+
+    def _write(self, values: dict[str, Any]) -> None:
+        row = {"step": self._step, "time": round(time.monotonic() - self._start, 3)} | values
         with writing(self._path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class AuditLog:
