@@ -41,7 +41,7 @@ class TracingClock(StageClock):
         self._folder = folder
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=TRACED, repeat=1)
-        self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+        self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True)
         self._profiler.start()
 
     @contextmanager

@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -40,7 +42,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self._writer = SummaryWriter(str(config.run_dir / FOLDER / "tensorboard"), purge_step=first_step)
+        self._writer = SummaryWriter(str(_folder(config) / "tensorboard"), purge_step=first_step)
         for summary in hparams(parameters(config), {}):
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
@@ -61,14 +63,14 @@ class WeightsAndBiases:
 
         tracking = config.tracking
         place = {"project": tracking.wandb}
-        known = _stored(config, "wandb", place) or wandb.util.generate_id()
+        known = _stored(config, "wandb", place) or secrets.token_hex(4)
         self._run = wandb.init(
             project=tracking.wandb,
             name=config.name,
             id=known,
             resume=None if tracking.wandb_mode == "offline" else "allow",
             mode=tracking.wandb_mode,
-            dir=config.run_dir / FOLDER,
+            dir=_folder(config),
             config=parameters(config),
             settings=wandb.Settings(silent=True, console="off"),
         )
@@ -221,6 +223,8 @@ def _check_mlflow(uri: str) -> None:
             "tracking.mlflow holds a password, which the run's files would show; set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        raise InputError(f"tracking.mlflow={uri} is relative, workers run in another folder; write sqlite:////ABSOLUTE")
     try:
         MlflowClient(uri)
     except Exception as error:  # no store of this kind here; the library has several classes for it
@@ -245,17 +249,21 @@ def parameters(config: Config) -> dict[str, bool | int | float | str | None]:
     return flat
 
 
+def _folder(config: Config) -> Path:
+    folder = config.run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def _stored(config: Config, name: str, place: dict[str, str | None]) -> str | None:
     """The id under which a tracker knows this run, if it was stored for the same place."""
-    path = config.run_dir / FOLDER / f"{name}.json"
+    path = _folder(config) / f"{name}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found.get("id") if place.items() <= found.items() else None
 
 
 def _store(config: Config, name: str, place: dict[str, str | None], known: str) -> None:
-    folder = config.run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"{name}.json", json.dumps({"id": known, **place}).encode())
+    write_atomically(_folder(config) / f"{name}.json", json.dumps({"id": known, **place}).encode())
 
 
 def _line(error: Exception) -> str:
