@@ -71,7 +71,7 @@ bench-data: corpus  ## runs/bench/data.json: packing and reading against their y
 
 requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 \
-	  --extra corpora --extra pretrained --extra dev -o requirements.txt pyproject.toml
+	  --extra corpora --extra pretrained --extra tensorboard --extra dev -o requirements.txt pyproject.toml
 
 clean:  ## remove the environment, shards and runs
 	rm -rf $(VENV) runs .cache
