@@ -209,6 +209,7 @@ def test_a_configuration_is_read_only():
 
 
 def test_bf16_without_gpus_and_uneven_heads_are_refused():
+    assert "optimization.zero_stage=0" in refusal("optimization.precision=bf16", "optimization.zero_stage=0")
     assert "use fp32" in refusal("optimization.precision=bf16", "cluster.use_gpu=false")
     assert "model.text.heads=3" in refusal("model.text.heads=3")
 

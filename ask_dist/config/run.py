@@ -88,6 +88,8 @@ def _check_batch(config: Config) -> None:
         )
     if config.optimization.precision == "bf16" and config.cluster.use_gpu is False:
         raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
+    if config.optimization.precision == "bf16" and config.optimization.zero_stage == 0:
+        raise ValueError("optimization.zero_stage=0 keeps no fp32 state of a bf16 run to save; use 1, 2 or 3, or fp32")
 
 
 def _check_towers(config: Config) -> None:
