@@ -237,6 +237,13 @@ def test_what_augmentation_and_cached_embeddings_cannot_do_is_refused():
     assert parse("model.text.freeze=true", cached, "augment.time_mask=0.2").augment.time_mask == 0.2
 
 
+def test_the_global_batch_is_the_one_asked_for_or_one_chunk_a_worker():
+    config = parse("optimization.train_batch_size=96", "optimization.micro_batch_size=20")
+    assert (config.global_batch_size, config.optimization.local_batch_size(2)) == (96, 48)
+    config = parse("optimization.micro_batch_size=20")
+    assert (config.global_batch_size, config.optimization.local_batch_size(2)) == (40, 20)
+
+
 def test_a_deterministic_run_has_no_replicas():
     assert "set bank.replicas=1" in refusal("optimization.deterministic=true", "bank.replicas=2")
     assert parse("optimization.deterministic=true", "bank.shards=3").bank.shards == 3
@@ -246,21 +253,20 @@ def test_a_deterministic_run_has_no_inverted_files():
     assert "set bank.index=flat" in refusal("optimization.deterministic=true", "bank.index=ivf_flat")
 
 
-@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 70))
-def test_the_remedy_for_lanes_and_batches_works(workers, lanes, micro_batch_size):
-    overrides = {
-        "cluster.num_workers": workers,
-        "data.lanes": lanes,
-        "optimization.micro_batch_size": micro_batch_size,
-    }
+@given(
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.sampled_from(["micro_batch_size", "train_batch_size"]),
+)
+def test_the_remedy_for_lanes_and_batches_works(workers, lanes, batch_size, key):
+    overrides = {"cluster.num_workers": workers, "data.lanes": lanes, f"optimization.{key}": batch_size}
     for _ in range(3):  # following the advice at most twice gives a valid run
         try:
             config = parse(*(f"{key}={value}" for key, value in overrides.items()))
         except InputError as error:
-            lanes_to, micro_to = re.search(
-                r"set (?:it to (\d+)|optimization\.micro_batch_size=(\d+))", str(error)
-            ).groups()
-            overrides |= {"data.lanes": int(lanes_to)} if lanes_to else {"optimization.micro_batch_size": int(micro_to)}
+            lanes_to, size_to = re.search(rf"set (?:it to (\d+)|optimization\.{key}=(\d+))", str(error)).groups()
+            overrides |= {"data.lanes": int(lanes_to)} if lanes_to else {f"optimization.{key}": int(size_to)}
         else:
             break
     assert config.data.lanes % config.cluster.num_workers == 0

@@ -26,7 +26,7 @@ from ask_dist.losses.contrastive import contrast_masks
 from ask_dist.losses.cross_batch import CrossBatchMemory
 from ask_dist.losses.gather import gather
 from ask_dist.losses.global_contrast import GlobalContrast
-from ask_dist.losses.grad_cache import grad_cache
+from ask_dist.losses.grad_cache import GradCache
 from ask_dist.losses.objective import AskObjective
 from ask_dist.losses.siglip import siglip
 from ask_dist.models.dual_encoder import DualEncoder
@@ -143,13 +143,9 @@ class _Run:
         self.optimizer.zero_grad()
         inputs = (self.audio[ids].float(), self._texts(ids))
         if self.arm.loss == "grad_cache":
-            grad_cache(
-                lambda *chunk: self.model(*chunk)[:2],
-                inputs,
-                lambda audio, text: self.objective(audio, text, self.model.logit_scale, ids).loss,
-                GRAD_CACHE_CHUNK,
-                seed=self._seed(step),
-            )
+            chunks = GradCache(self.model, inputs, GRAD_CACHE_CHUNK, seed=self._seed(step))
+            self.objective(*chunks.features, ids).loss.backward()
+            chunks.backward(lambda loss, last: loss.backward())
         else:
             torch.manual_seed(self._seed(step))
             self.loss(step, ids, *self.model(*inputs)).backward()

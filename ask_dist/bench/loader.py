@@ -78,7 +78,7 @@ def _side_by_side(other: str, read: Callable[[], int], shards: ShardList, rounds
         shards,
         rank=0,
         world_size=1,
-        micro_batch_size=BATCH,
+        local_batch_size=BATCH,
         seed=0,
         sample_rate=read_sizes(shards.paths[0].parent)["sample_rate"],
         clip_seconds=shards.seconds / shards.clips,

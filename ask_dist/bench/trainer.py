@@ -128,7 +128,7 @@ def _ddp_worker(rank: int, world_size: int, tree: dict, folder: str) -> None:
         shards,
         rank=rank,
         world_size=world_size,
-        micro_batch_size=config.optimization.micro_batch_size,
+        local_batch_size=config.optimization.local_batch_size(world_size),
         seed=config.seed,
         sample_rate=config.data.sample_rate,
         clip_seconds=config.data.clip_seconds,

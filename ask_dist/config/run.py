@@ -45,7 +45,7 @@ class Config(Section):
     @property
     def global_batch_size(self) -> int:
         """Pairs a global step, over all workers."""
-        return self.optimization.micro_batch_size * self.cluster.num_workers
+        return self.optimization.train_batch_size or self.optimization.micro_batch_size * self.cluster.num_workers
 
     def anchored(self) -> Config:
         """The same run with absolute paths, for processes that have another working folder."""
@@ -81,10 +81,13 @@ def _check_batch(config: Config) -> None:
         fit = workers * max(1, lanes // workers)
         raise ValueError(f"data.lanes={lanes} is no multiple of cluster.num_workers={workers}; set it to {fit}")
     if config.global_batch_size % lanes:
-        fit = max(1, round(config.global_batch_size / lanes)) * lanes // workers
+        fit = max(1, round(config.global_batch_size / lanes)) * lanes
+        key, what = "train_batch_size", "optimization.train_batch_size"
+        if config.optimization.train_batch_size is None:
+            fit, key, what = fit // workers, "micro_batch_size", "optimization.micro_batch_size x cluster.num_workers"
         raise ValueError(
-            f"the global batch of {config.global_batch_size} (optimization.micro_batch_size x cluster.num_workers) "
-            f"is no multiple of data.lanes={lanes}; set optimization.micro_batch_size={fit} or other lanes"
+            f"the global batch of {config.global_batch_size} ({what}) is no multiple of data.lanes={lanes}; "
+            f"set optimization.{key}={fit} or other lanes"
         )
     if config.optimization.precision == "bf16" and config.cluster.use_gpu is False:
         raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")

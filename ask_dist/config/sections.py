@@ -142,7 +142,10 @@ class Optimization(Section):
 
     epochs: Positive = Field(10.0, description="passes over the training shards; fractions are allowed")
     max_steps: Count | None = Field(None, description="ends the run at this global step, before `epochs`")
-    micro_batch_size: Count = Field(32, description="pairs a worker and step")
+    micro_batch_size: Count = Field(32, description="most pairs that a worker embeds at once")
+    train_batch_size: Count | None = Field(
+        None, description="pairs a step over all workers, in chunks of micro_batch_size; null: one chunk a worker"
+    )
     learning_rate: Positive = 1e-3
     weight_decay: Weight = 0.02
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -164,6 +167,10 @@ class Optimization(Section):
     max_skipped: Count = Field(
         20, description="steps in a row that are not finite, after which the run goes back to its last checkpoint"
     )
+
+    def local_batch_size(self, world_size: int) -> int:
+        """Pairs a worker and step."""
+        return self.micro_batch_size if self.train_batch_size is None else self.train_batch_size // world_size
 
 
 class Reliability(Section):

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch; B is micro_batch_size.
+    """One rank's part of a global batch; B is the local batch size.
 
     Where `valid` is False (the end of an epoch, a bad sample) the id is -1, the key "" and audio and caption are a
     valid sample's, or zeros and "" where the batch has none.
@@ -86,7 +86,7 @@ class TrainLoader:
         shards: the training split.
         rank: this process, from 0.
         world_size: processes in all; it must divide `lanes`.
-        micro_batch_size: clips a rank and step; times world_size it must be a multiple of `lanes`.
+        local_batch_size: clips a rank and step; times world_size it must be a multiple of `lanes`.
         seed: draws the order, the captions and the crops.
         sample_rate: in Hz; clips at another rate are resampled.
         clip_seconds: longer clips are cropped at random, shorter ones padded.
@@ -108,7 +108,7 @@ class TrainLoader:
         *,
         rank: int,
         world_size: int,
-        micro_batch_size: int,
+        local_batch_size: int,
         seed: int,
         sample_rate: int,
         clip_seconds: float,
@@ -121,11 +121,11 @@ class TrainLoader:
         held_out: HeldOut | None = None,
     ) -> None:
         own = lanes_of(rank, world_size, lanes)
-        global_batch = micro_batch_size * world_size
-        if micro_batch_size < 1 or global_batch % lanes:
+        global_batch = local_batch_size * world_size
+        if local_batch_size < 1 or global_batch % lanes:
             raise InputError(
-                f"a global batch of {global_batch} ({micro_batch_size} x {world_size} ranks) over {lanes} lanes: "
-                f"make micro_batch_size a multiple of {lanes // world_size}"
+                f"a global batch of {global_batch} ({local_batch_size} x {world_size} ranks) over {lanes} lanes: "
+                f"make local_batch_size a multiple of {lanes // world_size}"
             )
         order = Order(shards.counts, seed, lanes, global_batch // lanes, shuffle_window, shards.weights)
         if not order.clips:

@@ -7,39 +7,54 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Encode = Callable[..., tuple[Tensor, ...]]
 
-
-def grad_cache(
-    encode: Encode, inputs: Sequence[Tensor], loss: Callable[..., Tensor], micro_batch_size: int, seed: int
-) -> Tensor:
+class GradCache:
     """GradCache (Gao et al. 2021): the gradient of one large batch, with the memory of a small one.
 
-    Exact with dropout too: each chunk is embedded twice from the same seed. Costs one more forward pass. Adds to the
-    gradients of whatever `encode` and `loss` depend on.
+    The caller takes a loss of `features`, calls its `backward`, which leaves their gradients with them, and then this
+    object's. Exact with dropout too: each chunk is embedded twice from the same seed. Costs one more forward pass.
 
     Args:
-        encode: chunks of the inputs -> embeddings, one row an input row.
+        encode: a chunk of each input -> tensors with one row an input row, and scalars that no input changes.
         inputs: tensors [n, ...], cut alike.
-        loss: whole embeddings -> scalar.
         micro_batch_size: rows a chunk.
         seed: of the chunks' dropout.
 
-    Returns:
-        The loss, detached.
+    Attributes:
+        features: what `encode` gives of all inputs, as leaves of a new graph.
     """
-    chunks = list(zip(*(values.split(micro_batch_size) for values in inputs), strict=True))
 
-    def embed(number: int) -> tuple[Tensor, ...]:
-        torch.manual_seed(seed + number)
-        return encode(*chunks[number])
+    def __init__(
+        self, encode: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], micro_batch_size: int, seed: int
+    ) -> None:
+        self._encode, self._seed, self._micro_batch_size = encode, seed, micro_batch_size
+        self._chunks = list(zip(*(values.split(micro_batch_size) for values in inputs), strict=True))
+        with torch.no_grad():
+            parts = [self._embed(number) for number in range(len(self._chunks))]
+        columns = zip(*parts, strict=True)
+        self.features = tuple(
+            (torch.cat(column) if column[0].ndim else column[0].clone()).requires_grad_() for column in columns
+        )
 
-    with torch.no_grad():
-        parts = [embed(number) for number in range(len(chunks))]
-    whole = [torch.cat(column).requires_grad_() for column in zip(*parts, strict=True)]
-    value = loss(*whole)
-    value.backward()
-    gradients = list(zip(*(part.grad.split(micro_batch_size) for part in whole if part.grad is not None), strict=True))
-    for number in range(len(chunks)):
-        torch.autograd.backward(embed(number), gradients[number])
-    return value.detach()
+    def backward(self, backward: Callable[[Tensor, bool], None]) -> None:
+        """Carries the gradients of `features` on into what `encode` depends on.
+
+        Args:
+            backward: gets a scalar for each chunk, whose gradients add up to the loss's, and whether it is the last.
+        """
+        for number in range(len(self._chunks)):
+            pieces = [
+                (part * self._gradient(whole, number)).sum()
+                for part, whole in zip(self._embed(number), self.features, strict=True)
+                if part.requires_grad and whole.grad is not None
+            ]
+            backward(torch.stack(pieces).sum(), number == len(self._chunks) - 1)
+
+    def _embed(self, number: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(self._seed + number)
+        return self._encode(*self._chunks[number])
+
+    def _gradient(self, whole: Tensor, number: int) -> Tensor:
+        """A chunk's rows of the loss's gradient; of a scalar, which every chunk gives, an equal share."""
+        assert whole.grad is not None
+        return whole.grad.split(self._micro_batch_size)[number] if whole.ndim else whole.grad / len(self._chunks)

@@ -124,7 +124,7 @@ def plan(
             workers=count,
             rows=size,
             step_seconds=step_seconds,
-            batch=config.optimization.micro_batch_size,
+            batch=config.optimization.local_batch_size(config.cluster.num_workers),
             dim=config.model.embedding_dim,
             neighbours=config.knowledge.neighbours,
             precision=config.bank.dtype,

@@ -116,9 +116,15 @@ class Engine:
         """Forward pass through the engine, so that its hooks run."""
         return self.deepspeed(*inputs)
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass and reduction of the gradients over ranks (mean)."""
-        self.deepspeed.backward(loss)
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Backward pass and reduction of the gradients over ranks (mean); those of a step's losses add up.
+
+        Args:
+            loss: of a forward pass through the engine.
+            last: no other follows before `step`.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def step(self) -> StepResult:
         """Clips, updates, and advances global_step. Gradients that are not finite are dropped on all ranks alike."""

@@ -70,7 +70,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         shards["train"],
         rank=rank,
         world_size=world_size,
-        micro_batch_size=config.optimization.micro_batch_size,
+        local_batch_size=config.optimization.local_batch_size(world_size),
         seed=config.seed,
         sample_rate=config.data.sample_rate,
         clip_seconds=config.data.clip_seconds,

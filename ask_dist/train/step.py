@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ask_dist.data.loader import Batch
 from ask_dist.evaluate.drift import out_of_span_share
+from ask_dist.losses.grad_cache import GradCache
 from ask_dist.losses.objective import ObjectiveOutput
 from ask_dist.models.dual_encoder import Features
+from ask_dist.train.engine import Engine
 from ask_dist.train.mixing import mix
 from ask_dist.train.state import TrainState
 
@@ -38,8 +40,9 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
     batch, mixed = mix(batch, state.config.augment.mix_share, device)
     ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
     with clock("forward"):
-        audio, tokens = state.embeddings.inputs(batch, engine.module)
-        features: Features = engine(audio.to(device, non_blocking=True), tokens.to(device))
+        inputs = state.embeddings.inputs(batch, engine.module)
+        seed = step_seed(state.config.seed, step, state.rank)
+        features, chunks = embed(engine, inputs, state.config.optimization.micro_batch_size, seed)
     probe = (step + 1) % state.config.optimization.log_every == 0
     if probe:
         for rows in features[:2]:
@@ -52,7 +55,7 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         engine.skip()
         return _skipped(state), 0
     with clock("backward"):
-        engine.backward(output.loss)
+        backward(engine, output.loss, chunks)
     if probe:
         state.diagnostics = _diagnostics(features, output)
     with clock("step"):
@@ -71,6 +74,35 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
     clock.step()
     state.samples_seen += pairs
     return _step_metrics(state, loss, features, output, result), pairs
+
+
+def embed(
+    engine: Engine, inputs: tuple[Tensor, Tensor], micro_batch_size: int, seed: int
+) -> tuple[Features, GradCache | None]:
+    """Features of this rank's batch; of more pairs than fit at once in chunks, for `backward`.
+
+    Args:
+        inputs: audio [local, ...] and tokens [local, ...], or vectors in their place; on any device.
+        micro_batch_size: most pairs at once. Local batches are equally large, so every rank has as many chunks.
+        seed: of the chunks' dropout.
+    """
+
+    def encode(audio: Tensor, tokens: Tensor) -> Features:
+        return engine(audio.to(engine.device, non_blocking=True), tokens.to(engine.device))
+
+    if len(inputs[0]) <= micro_batch_size:
+        return encode(*inputs), None
+    chunks = GradCache(encode, inputs, micro_batch_size, seed)
+    return Features(*chunks.features), chunks
+
+
+def backward(engine: Engine, loss: Tensor, chunks: GradCache | None) -> None:
+    """Gradients of a loss of what `embed` gave, averaged over ranks: those of the whole batch at once."""
+    if chunks is None:
+        engine.backward(loss)
+    else:
+        loss.backward()
+        chunks.backward(engine.backward)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

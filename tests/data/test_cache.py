@@ -36,7 +36,7 @@ def files_of(cache: ShardCache) -> list[Path]:
 
 
 def epoch(shards: ShardList, **changes: object) -> tuple[list[Batch], TrainLoader]:
-    options = {"rank": 0, "world_size": 1, "micro_batch_size": 16, "seed": 3, "sample_rate": 8000, "clip_seconds": 0.05}
+    options = {"rank": 0, "world_size": 1, "local_batch_size": 16, "seed": 3, "sample_rate": 8000, "clip_seconds": 0.05}
     loader = TrainLoader(shards, **options | changes)
     return list(itertools.islice(loader.batches(), loader.steps_per_epoch)), loader
 

@@ -43,7 +43,7 @@ def splits(tmp_path: Path, make_clip: MakeClip) -> dict[str, ShardList]:
 
 def test_training_refuses_and_names_what_is_held_out(splits: dict[str, ShardList]) -> None:
     held_out = HeldOut.of(splits)
-    options = {"micro_batch_size": 8, "seed": 0, "sample_rate": 8000, "clip_seconds": 0.05, "max_bad_share": 0.1}
+    options = {"local_batch_size": 8, "seed": 0, "sample_rate": 8000, "clip_seconds": 0.05, "max_bad_share": 0.1}
     loaders = [TrainLoader(splits["train"], rank=0, world_size=1, held_out=out, **options) for out in (held_out, None)]
     met = []
     for loader in loaders:

@@ -26,7 +26,7 @@ def loader(shards: ShardList, **changes: Any) -> TrainLoader:
     options: dict[str, Any] = {
         "rank": 0,
         "world_size": 1,
-        "micro_batch_size": 16,
+        "local_batch_size": 16,
         "seed": 3,
         "sample_rate": 8000,
         "clip_seconds": 0.05,
@@ -86,7 +86,7 @@ def test_padding_is_marked_and_filled_with_a_valid_sample(shards: ShardList) -> 
 
 def test_a_batch_without_any_valid_sample_is_zeros(tmp_path: Path, make_clip: MakeClip) -> None:
     write_shards([make_clip(1), make_clip(2)], tmp_path, "train")
-    (batch,) = take(loader(ShardList.load(tmp_path), rank=0, world_size=4, micro_batch_size=2), 1)
+    (batch,) = take(loader(ShardList.load(tmp_path), rank=0, world_size=4, local_batch_size=2), 1)
     assert not batch.valid.any()
     assert not batch.audio.any()
     assert batch.captions == ["", ""]
@@ -106,7 +106,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(
                     shards,
                     rank=rank,
                     world_size=world_size,
-                    micro_batch_size=size // world_size,
+                    local_batch_size=size // world_size,
                     seed=seed,
                     lanes=lanes,
                     shuffle_window=window,
@@ -126,7 +126,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks(
 def test_resuming_from_any_step_gives_the_uninterrupted_stream(
     shards: ShardList, start: int, seed: int, rank: int, window: int
 ) -> None:
-    options = {"rank": rank, "world_size": 2, "micro_batch_size": 8, "seed": seed, "shuffle_window": window}
+    options = {"rank": rank, "world_size": 2, "local_batch_size": 8, "seed": seed, "shuffle_window": window}
     whole = take(loader(shards, **options), start + 3)
     for resumed, expected in zip(take(loader(shards, **options), 3, start), whole[start:], strict=True):
         assert_same(resumed, expected)
@@ -171,7 +171,7 @@ def test_captions_and_crops_are_drawn_anew_each_epoch(shards: ShardList) -> None
 
 @pytest.mark.multiprocess
 def test_decoding_processes_give_the_same_batches(shards: ShardList) -> None:
-    geometry = {"lanes": 3, "micro_batch_size": 12}  # two processes share three lanes unequally
+    geometry = {"lanes": 3, "local_batch_size": 12}  # two processes share three lanes unequally
     expected = take(loader(shards, **geometry), 6, 5)
     for batch, other in zip(take(loader(shards, processes=2, **geometry), 6, 5), expected, strict=True):
         assert_same(batch, other)
@@ -198,7 +198,7 @@ def test_bad_shards_become_invalid_places_on_every_rank(corpus: Path, tmp_path: 
     met: list[str] = []
     bad = 0
     for rank in range(2):
-        source = loader(damaged, rank=rank, world_size=2, micro_batch_size=8, max_bad_share=1.0)
+        source = loader(damaged, rank=rank, world_size=2, local_batch_size=8, max_bad_share=1.0)
         assert source.steps_per_epoch == loader(damaged).steps_per_epoch
         met += [key for _, key, _, _ in valid_rows(take(source, source.steps_per_epoch))]
         bad += source.bad.count
@@ -243,10 +243,10 @@ def test_too_many_bad_samples_stop_a_run_before_the_epoch_ends(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"micro_batch_size": 12}, "make micro_batch_size a multiple of 8"),
-        ({"micro_batch_size": 3, "world_size": 2}, r"a global batch of 6 \(3 x 2 ranks\) over 8 lanes.*multiple of 4"),
+        ({"local_batch_size": 12}, "make local_batch_size a multiple of 8"),
+        ({"local_batch_size": 3, "world_size": 2}, r"a global batch of 6 \(3 x 2 ranks\) over 8 lanes.*multiple of 4"),
         ({"world_size": 3}, "set lanes to a multiple of 3"),
-        ({"micro_batch_size": 0}, "multiple of 8"),
+        ({"local_batch_size": 0}, "multiple of 8"),
     ],
 )
 def test_a_geometry_that_does_not_fit_is_refused(shards: ShardList, changes: dict[str, int], message: str) -> None:

@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, make_clip: Callable[..., Cli
 
 def rank_of(shards: ShardList, rank: int = 0, world_size: int = 1, **changes: Any) -> TrainLoader:
     options: dict[str, Any] = {"seed": 1, "sample_rate": 8000, "clip_seconds": 0.005, "lanes": 4, "shuffle_window": 16}
-    options |= {"rank": rank, "world_size": world_size, "micro_batch_size": BATCH // world_size}
+    options |= {"rank": rank, "world_size": world_size, "local_batch_size": BATCH // world_size}
     return TrainLoader(shards, **options | changes)
 
 
@@ -112,7 +112,7 @@ from ask_dist.data.shards import ShardList
 from ask_dist.processor import use_cpu
 
 use_cpu(1)
-loader = TrainLoader(ShardList.load(sys.argv[1]), rank=0, world_size=1, micro_batch_size=32, seed=0,
+loader = TrainLoader(ShardList.load(sys.argv[1]), rank=0, world_size=1, local_batch_size=32, seed=0,
                      sample_rate=8000, clip_seconds=1.0, shuffle_window=16)
 resident = []
 batches = loader.batches()

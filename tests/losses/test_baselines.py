@@ -13,7 +13,7 @@ from ask_dist.losses.contrastive import contrast_masks
 from ask_dist.losses.cross_batch import CrossBatchMemory
 from ask_dist.losses.gather import gather
 from ask_dist.losses.global_contrast import GlobalContrast
-from ask_dist.losses.grad_cache import grad_cache
+from ask_dist.losses.grad_cache import GradCache
 from ask_dist.losses.siglip import siglip
 
 
@@ -90,25 +90,28 @@ class Towers(nn.Module):
         self.audio, self.text = (nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 8)) for _ in range(2))
         self.log_scale = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return normalize(self.audio(audio), dim=1), normalize(self.text(text), dim=1)
+    def forward(self, audio: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return normalize(self.audio(audio), dim=1), normalize(self.text(text), dim=1), self.log_scale.exp()
 
 
 @pytest.mark.parametrize("micro_batch_size", [3, 5, 12])
 def test_grad_cache_has_the_gradients_of_the_whole_batch(micro_batch_size):
     inputs = (torch.randn(12, 6, generator=torch.Generator().manual_seed(1)), unit(12, 2, dim=6))
 
-    def loss(towers: Towers, audio: Tensor, text: Tensor) -> Tensor:
-        return symmetric_info_nce(audio, text, towers.log_scale.exp())
-
     cached, whole = Towers(), Towers()
-    found = grad_cache(cached, inputs, lambda *rows: loss(cached, *rows), micro_batch_size, seed=7)
+    chunks = GradCache(cached, inputs, micro_batch_size, seed=7)
+    found = symmetric_info_nce(*chunks.features)
+    found.backward()
+    calls = []
+    chunks.backward(lambda loss, last: (loss.backward(), calls.append(last)))
     parts = []
     for number, chunk in enumerate(zip(*(part.split(micro_batch_size) for part in inputs), strict=True)):
         torch.manual_seed(7 + number)
         parts.append(whole(*chunk))
-    wanted = loss(whole, *(torch.cat(column) for column in zip(*parts, strict=True)))
+    audio, text, scales = zip(*parts, strict=True)
+    wanted = symmetric_info_nce(torch.cat(audio), torch.cat(text), scales[0])
     wanted.backward()
-    torch.testing.assert_close(found, wanted.detach())
+    assert calls == [False] * (len(parts) - 1) + [True]
+    torch.testing.assert_close(found.detach(), wanted.detach())
     for ours, reference in zip(cached.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, reference.grad, atol=1e-6, rtol=1e-5)

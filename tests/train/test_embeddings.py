@@ -65,7 +65,7 @@ def batches(shards: ShardList, embeddings: Embeddings, model: DualEncoder, count
         shards,
         rank=0,
         world_size=1,
-        micro_batch_size=BATCH,
+        local_batch_size=BATCH,
         seed=5,
         sample_rate=RATE,
         clip_seconds=SECONDS,

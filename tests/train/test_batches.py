@@ -1,0 +1,165 @@
+"""One effective batch, however it is cut: over ranks, ZeRO stages and chunks, in real gloo processes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from ask_dist.config import AudioModel, Knowledge, Model, Optimization, TextModel
+from ask_dist.losses.objective import AskObjective
+from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from ask_dist.models.text import Vocabulary
+from ask_dist.train.engine import Engine, learning_rate
+from ask_dist.train.parameters import parameter_groups
+from ask_dist.train.step import backward, embed
+from tests.ranks import run_ranks
+
+GLOBAL_BATCH, STEPS, LEARNING_RATE, CLIP = 16, 50, 1e-3, 0.5
+STAGES = (0, 1, 2, 3)
+OBSERVED = (0, 25)  # steps whose gradients are compared
+WORDS = ["a", "dog", "rain", "falls", "viola", "drum"]
+CHUNKED = (False, True)
+CHUNK = 3  # divides no local batch, so that the last chunk is smaller
+
+
+def make_model() -> DualEncoder:
+    """Without dropout, which differs from rank to rank; with matrices that ZeRO 3 really partitions."""
+    torch.manual_seed(0)
+    text = TextModel(width=160, layers=1, heads=2, max_tokens=8)
+    config = Model(embedding_dim=12, dropout=0.0, audio=AudioModel(width=8, mel_bins=16), text=text)
+    model = build_dual_encoder(config, 8000, Vocabulary.train(WORDS, 280)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def optimization(stage: int, micro_batch_size: int) -> Optimization:
+    return Optimization(
+        zero_stage=stage,
+        micro_batch_size=micro_batch_size,
+        train_batch_size=GLOBAL_BATCH,
+        learning_rate=LEARNING_RATE,
+        gradient_clip=CLIP,
+    )
+
+
+def batch(model: DualEncoder, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sounds of a tone a word, tokens and ids; two pairs have one id."""
+    generator = torch.Generator().manual_seed(step)
+    words = torch.randint(len(WORDS), (GLOBAL_BATCH, 3), generator=generator)
+    tones = (2.0 * torch.pi * 300.0 * (1 + words.unsqueeze(2)) * torch.arange(1600) / 8000.0).sin().sum(dim=1) / 4
+    ids = torch.arange(GLOBAL_BATCH)
+    ids[5] = ids[11]
+    captions = [" ".join(WORDS[word] for word in row) for row in words.tolist()]
+    return tones, model.text.tokenize(captions), ids
+
+
+def objective() -> AskObjective:
+    return AskObjective(Knowledge(enabled=False))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole and averaged over ranks, between the backward pass and the step."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient = safe_get_full_grad(parameter) if parameter.grad is None else parameter.grad
+        found[name] = gradient.detach().clone().float()
+    return found
+
+
+def train(engine: Engine, until: int) -> dict[str, Any]:
+    """Global losses, and gradients of the observed steps, of batches that depend on global_step alone."""
+    rank, size = dist.get_rank(), engine.optimization.local_batch_size(dist.get_world_size())
+    losses, observed = [], {}
+    while engine.global_step < until:
+        step = engine.global_step
+        audio, tokens, ids = (values[rank * size :][:size] for values in batch(engine.module, step))
+        features, chunks = embed(engine, (audio, tokens), engine.optimization.micro_batch_size, seed=step)
+        loss = objective()(*features, ids).loss
+        everywhere = loss.detach().clone()
+        dist.all_reduce(everywhere)
+        losses.append(float(everywhere) / dist.get_world_size())
+        backward(engine, loss, chunks)
+        if step in OBSERVED:
+            observed[step] = gradients(engine.module)
+        engine.step()
+    return {"losses": losses, "gradients": observed}
+
+
+def make_engine(stage: int, chunked: bool) -> Engine:
+    local = GLOBAL_BATCH // dist.get_world_size()
+    return Engine(make_model(), optimization(stage, CHUNK if chunked else local), STEPS, torch.device("cpu"))
+
+
+def every_stage(rank: int) -> dict[str, Any]:
+    return {f"{stage} {chunked}": train(make_engine(stage, chunked), STEPS) for stage in STAGES for chunked in CHUNKED}
+
+
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
+    """Of worlds of 1, 2 and 4 ranks."""
+    return run_ranks(every_stage, request.param, tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Any]:
+    """The whole batch at once, in plain torch."""
+    model, settings = make_model(), optimization(0, GLOBAL_BATCH)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6
+    )
+    losses, observed = [], {}
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, STEPS)
+        audio, tokens, ids = batch(model, step)
+        loss = objective()(*model(audio, tokens), ids).loss
+        loss.backward()
+        if step in OBSERVED:
+            observed[step] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "gradients": observed}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("stage", "chunked"), list(itertools.product(STAGES, CHUNKED)))
+def test_losses_and_gradients_are_those_of_the_whole_batch(ranks, reference, stage, chunked):
+    for rank in ranks:
+        run = rank[f"{stage} {chunked}"]
+        assert run["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+        for step in OBSERVED:
+            for name, wanted in reference["gradients"][step].items():
+                torch.testing.assert_close(run["gradients"][step][name], wanted, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_reference_has_gradients_to_differ_from(reference):
+    for observed in reference["gradients"].values():
+        for name, gradient in observed.items():
+            assert gradient.abs().max() > 1e-4, name
+    assert reference["losses"][-1] < 0.7 * reference["losses"][0]
+
+
+def leg(rank: int, stage: int, until: int, state: dict[str, Tensor] | None, chunked: bool) -> dict[str, Any]:
+    engine = make_engine(stage, chunked)
+    if state is not None:
+        engine.load_state(state)
+    return train(engine, until) | {"state": engine.state()}
+
+
+@pytest.mark.multiprocess
+def test_a_run_goes_on_over_zero_2_on_two_zero_1_on_one_and_zero_3_on_four_ranks(reference, tmp_path):
+    losses, state = [], None
+    for world, stage, until, chunked in ((2, 2, 15, True), (1, 1, 30, True), (4, 3, STEPS, False)):
+        run = run_ranks(leg, world, tmp_path / str(world), stage, until, state, chunked)[0]
+        losses, state = losses + run["losses"], run["state"]
+    assert losses == pytest.approx(reference["losses"], abs=1e-4)
