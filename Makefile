@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench bench-bank bench-data requirements clean
+.PHONY: help environment corpus open-sounds quickstart smoke ablation ablation-corpora ablation-smoke test test-all lint bench bench-bank bench-data bench-train requirements clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,6 +68,9 @@ bench-bank: corpus  ## runs/bench/bank.json: the bank and the refiner as a servi
 
 bench-data: corpus  ## runs/bench/data.json: packing and reading against their yardsticks
 	$(BIN)/python -m ask_dist.bench.data
+
+bench-train: corpus open-sounds  ## runs/bench/train.json: whole runs by encoder, ZeRO stage, precision and chunk
+	$(BIN)/python -m ask_dist.bench.train
 
 requirements: $(INSTALLED)  ## pin requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --python-version 3.11 \

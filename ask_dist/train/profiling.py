@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,11 @@ SKIPPED, WARM_UP, TRACED = 10, 2, 4  # steps
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Memory of this process in GiB: resident; on CUDA also what tensors take now, and took at most."""
-    sizes = {"memory/rss_gib": psutil.Process().memory_info().rss}
+    """Memory of this process in GiB, now and at most: resident; on CUDA also what tensors take."""
+    sizes = {
+        "memory/rss_gib": psutil.Process().memory_info().rss,
+        "memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux gives KiB
+    }
     if device.type == "cuda":
         sizes["memory/allocated_gib"] = torch.cuda.memory_allocated(device)
         sizes["memory/peak_gib"] = torch.cuda.max_memory_allocated(device)

@@ -156,6 +156,7 @@ def leg(rank: int, stage: int, until: int, state: dict[str, Tensor] | None, chun
     return train(engine, until) | {"state": engine.state()}
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_goes_on_over_zero_2_on_two_zero_1_on_one_and_zero_3_on_four_ranks(reference, tmp_path):
     losses, state = [], None

@@ -1,0 +1,134 @@
+"""`python -m ask_dist.bench.train`: runs by encoder, ZeRO stage, precision and chunk, into runs/bench/train.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ask_dist.bench.bare import bare_loop, peak_gib
+from ask_dist.bench.machine import machine
+from ask_dist.bench.trainer import WARM_UP, WINDOW, bench_config, trained
+from ask_dist.config import Config
+from ask_dist.files import write_atomically
+
+SCENES, RECORDINGS = Path("configs/quickstart.yaml"), Path("configs/recordings.yaml")
+OUTPUT = Path("runs/bench/train.json")
+ROUNDS = 2
+LEARNING: dict[str, Any] = {
+    **{f"model.{tower}.freeze": "false" for tower in ("audio", "text")},
+    "data.cache_embeddings": "false",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that are compared with one bare loop.
+
+    Attributes:
+        config_file: the runs.
+        cases: settings by name; `knowledge` is a setting of its own.
+        shared: settings of the bare loop, and of the cases but for their own.
+        steps: of each run.
+    """
+
+    config_file: Path
+    cases: dict[str, dict[str, Any]]
+    shared: dict[str, Any] = field(default_factory=dict)
+    steps: int = 80
+
+
+COMPARISONS = {
+    "conv + transformer, fp32": Comparison(
+        SCENES,
+        {
+            **{f"zero_{stage}": {"optimization.zero_stage": stage} for stage in (0, 1, 2, 3)},
+            "chunks_of_4": {"optimization.micro_batch_size": 4, "optimization.train_batch_size": 32},
+            "activation_checkpointing": {"optimization.activation_checkpointing": "true"},
+            "ask": {"knowledge.enabled": "true"},
+        },
+    ),
+    "conv + transformer, bf16": Comparison(SCENES, {"bf16": {}}, {"optimization.precision": "bf16"}),
+    "yamnet + minilm, learning": Comparison(RECORDINGS, {"learning": {}}, LEARNING, steps=50),
+    "yamnet + minilm, frozen": Comparison(
+        RECORDINGS,
+        {"frozen": {}, "cached": {"data.cache_embeddings": "true"}},
+        {"data.cache_embeddings": "false"},
+        steps=50,
+    ),
+}
+
+
+def compare(comparison: Comparison, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
+    """Runs the bare loop and every case in turns.
+
+    Returns:
+        By case, and for the loop as `bare`: samples_per_second (median of the windows) and peak_gib of rank 0; of a
+        case also `ratio` of its samples/s to the loop's, `memory_ratio`, and `stages`, shares of a step by name.
+    """
+    rates: dict[str, list[float]] = defaultdict(list)
+    peaks: dict[str, list[float]] = defaultdict(list)
+    stages: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for name in ("bare", *comparison.cases):
+                config = _config(comparison, name, Path(folder) / str(number))
+                if name == "bare":
+                    measured, peak = bare_loop(config, WINDOW)
+                    measured = measured[WARM_UP:]
+                else:
+                    rows = trained(config)
+                    measured, peak = [row["train/samples_per_second"] for row in rows], max(map(peak_gib, rows))
+                    stages[name] = _shares(rows, config.global_batch_size)
+                rates[name] += measured
+                peaks[name].append(peak)
+    found: dict[str, dict[str, Any]] = {
+        name: {"samples_per_second": statistics.median(rates[name]), "peak_gib": max(peaks[name])} for name in rates
+    }
+    for name in comparison.cases:
+        found[name]["ratio"] = found[name]["samples_per_second"] / found["bare"]["samples_per_second"]
+        found[name]["memory_ratio"] = found[name]["peak_gib"] / found["bare"]["peak_gib"]
+        found[name]["stages"] = stages[name]
+    return found
+
+
+def _config(comparison: Comparison, name: str, folder: Path) -> Config:
+    further = comparison.shared | comparison.cases.get(name, {})
+    knowledge = further.get("knowledge.enabled") == "true"
+    steps = comparison.steps * (1 + knowledge)  # a pair's neighbours can be asked for once the bank holds it
+    return bench_config(comparison.config_file, folder, name, steps, knowledge, further)
+
+
+def _shares(rows: list[dict[str, float]], batch: int) -> dict[str, float]:
+    """What each stage takes of a step's time, by the median window."""
+    names = [name for name in rows[-1] if name.startswith("time/")]
+    rate = "train/samples_per_second"
+    return {
+        name.removeprefix("time/"): statistics.median(row[name] * row[rate] / batch for row in rows) for name in names
+    }
+
+
+def main() -> None:
+    """Measures one comparison after the other and writes what it found after each."""
+    console = Console()
+    measured: dict[str, Any] = {"machine": machine()}
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    for title, comparison in COMPARISONS.items():
+        measured[title] = compare(comparison)
+        write_atomically(OUTPUT, json.dumps(measured, indent=1).encode())
+        for name, values in measured[title].items():
+            ratio = f", {values['ratio']:.3f} of bare" if "ratio" in values else ""
+            console.print(
+                f"{title}: {name} {values['samples_per_second']:.4g} samples/s{ratio}, {values['peak_gib']:.3g} GiB",
+                highlight=False,
+            )
+
+
+if __name__ == "__main__":
+    main()
