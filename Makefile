@@ -36,9 +36,10 @@ smoke: $(INSTALLED)  ## the quickstart in a small form, two minutes
 	  data.train=shards/smoke/train data.validation=shards/smoke/validation data.test=shards/smoke/test
 	$(BIN)/ask-dist search runs/smoke "two loud piano notes" -k 3
 
-ablation-corpora: $(INSTALLED)  ## the two corpora of the ablation
+ablation-corpora: $(INSTALLED)  ## the corpora of the ablation
 	$(BIN)/ask-dist corpus build sampled-scenes shards/ablation --train 10000
 	$(BIN)/ask-dist corpus build open-sounds
+	$(BIN)/ask-dist corpus build open-sounds shards/open_sounds_wide --test 2400
 
 ablation: ablation-corpora  ## every arm of configs/ablation.yaml, hours; goes on where it was interrupted
 	$(BIN)/ask-dist ablate configs/ablation.yaml
@@ -46,7 +47,7 @@ ablation: ablation-corpora  ## every arm of configs/ablation.yaml, hours; goes o
 ablation-smoke: $(INSTALLED)  ## every arm on a few scenes, three minutes
 	$(BIN)/ask-dist corpus build sampled-scenes shards/smoke --train 400 --validation 50 --test 100
 	$(BIN)/ask-dist ablate configs/ablation.yaml --smoke corpora.sampled_2500.shards=shards/smoke \
-	  corpora.sampled_10000.shards=shards/smoke corpora.recordings.shards=shards/none
+	  corpora.sampled_10000.shards=shards/smoke corpora.recordings.shards=shards/none corpora.recordings_wide.shards=shards/none
 
 test: $(INSTALLED)  ## all tests but the slow ones, then the checks of style and types
 	$(BIN)/python -m pytest -m "not slow"

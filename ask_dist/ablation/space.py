@@ -22,6 +22,9 @@ class Corpus(Section):
     knowledge_scenes: Annotated[int, Field(ge=0)] = Field(
         0, description="further training scenes that no arm trains on; arms with knowledge_corpus have them in the bank"
     )
+    gallery: Count | None = Field(
+        None, description="test scenes that a query is ranked among, the last ones among what is left; null: all"
+    )
     clip_seconds: Positive = 4.0
     encoders: Literal["scratch", "frozen"] = Field(
         "scratch", description="scratch: conv and transformer on log-mel; frozen: heads on YAMNet and MiniLM"

@@ -70,7 +70,7 @@ def run_trial(trial: Trial, cache: Path) -> Outcome:
     run.train()
     outcome = run.measured()
     outcome.metrics["validation_text_to_audio_R@1"] = float(_hits(run.model, validation)["text_to_audio_R@1"].mean())
-    hits = _hits(run.model, test)
+    hits = _hits(run.model, test, corpus.gallery)
     outcome.values |= hits | _by_frequency(hits["text_to_audio_R@1"], test, train.part(0, scenes))
     outcome.values |= _probe_hits(run.model, test)
     return outcome
@@ -219,11 +219,12 @@ def _encoded(model: DualEncoder, audio: Tensor, text: Tensor) -> tuple[np.ndarra
     return torch.cat(sounds).numpy(), torch.cat(sentences).numpy()
 
 
-def _hits(model: DualEncoder, inputs: Inputs) -> dict[str, np.ndarray]:
-    """R@1 of every query, both directions."""
+def _hits(model: DualEncoder, inputs: Inputs, gallery: int | None = None) -> dict[str, np.ndarray]:
+    """R@1 of every query, both directions, each among `gallery` clips."""
     audio, text = map(torch.from_numpy, _encoded(model, inputs.audio, text_inputs(model, inputs)))
-    found = ranks(audio, text, torch.arange(len(inputs)))
-    return {f"{direction}_R@1": queries.hits(1) for direction, queries in found.items()}
+    size = gallery or len(inputs)
+    found = [ranks(*part, torch.arange(len(part[0]))) for part in zip(audio.split(size), text.split(size), strict=True)]
+    return {f"{name}_R@1": np.concatenate([part[name].hits(1) for part in found]) for name in found[0]}
 
 
 def _by_frequency(hits: np.ndarray, test: Inputs, train: Inputs) -> dict[str, np.ndarray]:

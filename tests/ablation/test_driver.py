@@ -119,6 +119,15 @@ def test_a_larger_batch_sees_the_same_pairs_in_the_same_order(ablation: Ablation
     assert sorted(orders[0][:96]) == list(range(96))
 
 
+def test_queries_are_ranked_within_their_gallery(ablation: Ablation) -> None:
+    chosen = trial(ablation, loss="info_nce")
+    ranked = chosen.model_copy(update={"corpus": chosen.corpus.model_copy(update={"gallery": 1})})
+    alone, among = (run_trial(settings, Path("cache")) for settings in (ranked, chosen))
+    assert alone.values["text_to_audio_R@1"].mean() == 100.0  # the only one
+    assert among.values["text_to_audio_R@1"].mean() < 100.0
+    assert alone.values["text_to_audio_R@1"].shape == among.values["text_to_audio_R@1"].shape
+
+
 def test_nothing_done_and_nothing_to_run_is_an_input_error(ablation: Ablation) -> None:
     with pytest.raises(InputError, match="is done: nothing was run"):
         ablate(ablation, Console(quiet=True), only_report=True)
