@@ -70,15 +70,22 @@ class Rows:
             converted[: len(block)] = block
             yield first, converted[: len(block)]
 
-    def _parts(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, slice | np.ndarray]]:
+    def _parts(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, slice | np.ndarray, slice | np.ndarray]]:
         """Each chunk that positions fall into, the positions within it, and which of them these are."""
         if len(self._chunks) == 1:
-            yield self._chunks[0], positions, slice(None)
+            yield self._chunks[0], _run(positions), slice(None)
             return
         numbers = positions // CHUNK_ROWS
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number)
-            yield self._chunks[number], positions[chosen] - number * CHUNK_ROWS, chosen
+            yield self._chunks[number], _run(positions[chosen] - number * CHUNK_ROWS), _run(chosen)
+
+
+def _run(positions: np.ndarray) -> slice | np.ndarray:
+    """The same positions as a slice, which copies rows at once and not one by one, where they follow one another."""
+    if len(positions) and (np.diff(positions) == 1).all():
+        return slice(int(positions[0]), int(positions[-1]) + 1)
+    return positions
 
 
 def grown(array: np.ndarray, needed: int) -> np.ndarray:

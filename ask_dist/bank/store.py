@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -31,7 +32,9 @@ from ask_dist.files import sync_folder, write_atomically
 KEEP = 2
 BLOCK_BYTES = 16 * 2**20
 HASHERS = 4  # threads; each holds one block
-ROWS_AT_ONCE = 4096
+# The bits of a float without its sign, and those of infinity: what is not below them is infinite or no number.
+BITS = {2: (np.uint16, 0x7FFF, 0x7C00), 4: (np.uint32, 0x7FFFFFFF, 0x7F800000)}
+ROWS_AT_ONCE = 512  # so that a part stays in a core's cache
 KINDS = {"I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 MANIFEST_BYTES = 16 * 2**20  # a manifest is read whole; this holds the checksums of 4 TB
 NAME = re.compile(r"snapshot-(\d{9})\.json")
@@ -52,12 +55,12 @@ class Manifest(BaseModel):
     Attributes:
         rows, dim, dtype: of the embeddings. generation, newest_step: of the bank at that moment.
         source: where the rows come from, in words. weights: digest of the model that encoded them; "" if unknown.
-        bytes: of the data file. blocks: SHA-256 of each `block_bytes` of it; the last may be shorter.
+        bytes: of the data file. blocks: BLAKE3 of each `block_bytes` of it; the last may be shorter.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal[3] = 3
+    format: Literal[4] = 4
     rows: Size
     dim: Annotated[int, Field(ge=1)]
     dtype: Literal["float16", "float32"]
@@ -318,8 +321,11 @@ def _problem_of_prototypes(arrays: State, dim: int) -> str | None:
 
 
 def _finite(values: np.ndarray) -> bool:
-    parts = (values[start : start + ROWS_AT_ONCE] for start in range(0, len(values), ROWS_AT_ONCE))
-    return all(np.isfinite(part).all() for part in parts)
+    """Whether all are finite, by their bits: twelve times as fast as `np.isfinite` of float16."""
+    kind, magnitude, infinity = BITS[values.itemsize]
+    bits = values.view(kind)
+    parts = (bits[start : start + ROWS_AT_ONCE] for start in range(0, len(bits), ROWS_AT_ONCE))
+    return all((part & magnitude).max(initial=0) < infinity for part in parts)
 
 
 def _mapped(data: Path) -> State:
@@ -341,11 +347,19 @@ def _mapped(data: Path) -> State:
 
 
 def _digests(path: Path, block_bytes: int) -> tuple[str, ...]:
-    """SHA-256 of each block. Hashing takes longer than reading, and lets other threads go on."""
+    """BLAKE3 of each block, by threads that read and hash each its share; as fast as a disk, which SHA-256 is not."""
     with open(path, "rb") as file, ThreadPoolExecutor(HASHERS) as pool:
         starts = range(0, os.fstat(file.fileno()).st_size, block_bytes)
-        blocks = pool.map(lambda start: hashlib.sha256(os.pread(file.fileno(), block_bytes, start)).hexdigest(), starts)
-        return tuple(blocks)
+        found = [""] * len(starts)
+
+        def share(first: int) -> None:
+            buffer = memoryview(bytearray(block_bytes))  # one for all its blocks: fresh memory costs as much as reading
+            for number in range(first, len(starts), HASHERS):
+                size = os.preadv(file.fileno(), [buffer], starts[number])
+                found[number] = blake3(buffer[:size]).hexdigest()
+
+        list(pool.map(share, range(HASHERS)))
+        return tuple(found)
 
 
 def _remedy(path: Path) -> str:

@@ -124,6 +124,16 @@ def test_rows_that_are_not_finite_or_older_are_rejected(rng):
     assert (metrics["bank/rows"], metrics["bank/upserts"], metrics["bank/rejected"]) == (1, 1, 3)
 
 
+def test_a_row_is_heard_if_any_of_its_values_is_not_zero(rng):
+    bank = KnowledgeBank(DIM, capacity=10)
+    audio = np.zeros((3, DIM), np.float32)
+    audio[1, DIM - 1], audio[2, 0] = 1.0, 1.0
+    text = unit(rng, 3)
+    bank.upsert(np.arange(3), audio, text, None, step=0)
+    scores, _ = bank.search(audio[1:], 3, "audio")
+    assert np.isneginf(scores).sum(axis=1).tolist() == [1, 1]  # the row of zeros alone is never found by audio
+
+
 def test_beyond_the_capacity_is_an_input_error_and_writes_nothing(rng):
     bank = KnowledgeBank(DIM, capacity=4)
     bank.upsert(np.arange(3), unit(rng, 3), unit(rng, 3), None, step=0)

@@ -252,3 +252,17 @@ def test_no_snapshot_or_half_a_one_is_refused(tmp_path, manifest):
         (tmp_path / "snapshot-000000000.json").write_text(manifest)
     with pytest.raises(InputError, match=r"holds no readable bank|is no manifest of a bank"):
         store.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_makes_rows_no_bank(tmp_path, dtype, odd):
+    bank = KnowledgeBank(dim=8, capacity=2000, dtype=np.dtype(dtype).name)
+    extreme = np.resize([np.finfo(dtype).max, np.finfo(dtype).min, np.finfo(dtype).smallest_subnormal, -0.0], (1500, 8))
+    bank.upsert(np.arange(1500), extreme, extreme, None, step=0)
+    state = bank.state()
+    assert store.read(store.save(tmp_path / "good", state))["audio"].dtype == dtype
+    state["text"][1499, 7] = odd
+    path = store.save(tmp_path / "bad", state)
+    with pytest.raises(store.DamagedSnapshot, match="a value is not finite"):
+        store.read(path)
