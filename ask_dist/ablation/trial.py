@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,26 +16,22 @@ from ask_dist.ablation.inputs import SPLITS, Inputs, build_model, load_inputs, t
 from ask_dist.ablation.knowledge import TrialKnowledge
 from ask_dist.ablation.probes import ATTRIBUTES, probes
 from ask_dist.ablation.space import Trial
-from ask_dist.config import Optimization
+from ask_dist.config import SIGMOID, BatchLoss, Optimization
 from ask_dist.data.captions import swap_captions
 from ask_dist.evaluate.drift import auroc
 from ask_dist.evaluate.long_tail import GROUPS, query_groups
 from ask_dist.evaluate.retrieval import ranks
-from ask_dist.losses.contrastive import contrast_masks
 from ask_dist.losses.cross_batch import CrossBatchMemory
-from ask_dist.losses.gather import gather
 from ask_dist.losses.global_contrast import GlobalContrast
 from ask_dist.losses.grad_cache import GradCache
 from ask_dist.losses.objective import AskObjective
-from ask_dist.losses.siglip import siglip
-from ask_dist.models.dual_encoder import DualEncoder
+from ask_dist.models.dual_encoder import DualEncoder, Features
 from ask_dist.processor import use_cpu
 from ask_dist.train.engine import learning_rate
 from ask_dist.train.parameters import parameter_groups
 
 ENCODE_BATCH = 128
 GRAD_CACHE_CHUNK = 32
-SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0  # Zhai et al. 2023, section 3.2
 
 
 @dataclass
@@ -81,6 +76,10 @@ class _Run:
 
     def __init__(self, trial: Trial, train: Inputs, further: Inputs) -> None:
         self.trial, self.arm, self.corpus = trial, trial.arm, trial.corpus
+        loss: BatchLoss = "siglip" if self.arm.loss == "siglip" else "info_nce"
+        if loss == "siglip":
+            model = self.corpus.model.model_copy(update=SIGMOID)
+            self.corpus = self.corpus.model_copy(update={"model": model})
         captions, self.swapped = swap_captions(train.captions, trial.swapped, seed=0)
         place = {caption: at for at, caption in enumerate(train.captions)}
         torch.manual_seed(trial.seed)
@@ -95,15 +94,11 @@ class _Run:
         steps_per_epoch = self.pairs // self.arm.batch_size
         self.steps_per_epoch = steps_per_epoch
         self.steps = max(1, round(self.corpus.epochs * self.arm.samples_share * steps_per_epoch))
-        self.objective = AskObjective(self.arm.knowledge, self.arm.knowledge.half_life * steps_per_epoch)
+        self.objective = AskObjective(self.arm.knowledge, self.arm.knowledge.half_life * steps_per_epoch, loss)
         self.memory = CrossBatchMemory(self.corpus.model.embedding_dim, self.arm.memory)
         self.denominators = GlobalContrast(self.pairs, self.arm.momentum)
         self.schedule = Optimization(learning_rate=self.corpus.learning_rate * self.arm.learning_rate_factor)
         groups = parameter_groups(self.model, self.corpus.weight_decay)
-        self.bias = nn.Parameter(torch.tensor([SIGLIP_BIAS]))
-        if self.arm.loss == "siglip":
-            nn.init.constant_(self.model.log_logit_scale, math.log(SIGLIP_SCALE))
-            groups.append({"params": [self.bias], "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
         further_rows = len(further) if self.arm.knowledge_corpus else 0
         self.knowledge = TrialKnowledge(trial, self.pairs, further_rows, self.encode)
@@ -148,29 +143,27 @@ class _Run:
             chunks.backward(lambda loss, last: loss.backward())
         else:
             torch.manual_seed(self._seed(step))
-            self.loss(step, ids, *self.model(*inputs)).backward()
+            self.loss(step, ids, self.model(*inputs)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.gradient_clip)
         self.optimizer.step()
 
-    def loss(self, step: int, ids: Tensor, audio: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    def loss(self, step: int, ids: Tensor, features: Features) -> Tensor:
         """The arm's loss, and what it remembers of the step."""
         progress = step / self.steps
-        if self.arm.loss == "siglip":
-            batch = gather(audio, text, ids, torch.ones_like(ids, dtype=torch.bool))
-            return siglip(scale * audio @ text.T + self.bias, *contrast_masks(batch, len(ids))).mean()
+        audio, text, scale, _ = features
         if self.arm.loss == "xbm":
             # From the first step on, rows that drift as fast as they do then collapse it: the method's gate.
             early = progress < self.arm.knowledge.start
-            plain = self.objective(audio, text, scale, ids).loss
+            plain = self.objective(*features, ids).loss
             value = plain if early else self.memory.loss(ids, audio, text, scale).mean()
             self.memory.push(ids, audio, text)
             return value
         if self.arm.loss == "global_contrast":
             return self.denominators.loss(ids, audio, text, scale).mean()
-        if self.arm.loss == "info_nce":
-            return self.objective(audio, text, scale, ids).loss
+        if self.arm.loss in ("info_nce", "siglip"):
+            return self.objective(*features, ids).loss
         neighbours = self.knowledge.neighbours(ids) if progress >= self._first_gate() else None
-        output = self.objective(audio, text, scale, ids, neighbours=neighbours, progress=progress)
+        output = self.objective(*features, ids, neighbours=neighbours, progress=progress)
         known = output.reliability >= 0
         self.reliability[ids[known]] = output.reliability[known]
         self.knowledge.upsert(ids, audio, text, output.reliability, step)

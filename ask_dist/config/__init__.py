@@ -6,9 +6,11 @@ Imports neither ray nor torch, so that `ask-dist --help` and a configuration err
 from ask_dist.config.files import apply_override, dump, load, parse, read, validated
 from ask_dist.config.run import Config
 from ask_dist.config.sections import (
+    SIGMOID,
     AudioModel,
     Augment,
     Bank,
+    BatchLoss,
     Cluster,
     Count,
     Data,
@@ -26,9 +28,11 @@ from ask_dist.config.sections import (
 )
 
 __all__ = [
+    "SIGMOID",
     "AudioModel",
     "Augment",
     "Bank",
+    "BatchLoss",
     "Cluster",
     "Config",
     "Count",

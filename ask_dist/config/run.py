@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from ask_dist.config.sections import (
+    SIGMOID,
     Augment,
     Bank,
     Cluster,
@@ -61,9 +62,23 @@ class Config(Section):
                 tree[section]["from"] = str(Path(tree[section]["from"]).absolute())
         return Config.model_validate(tree)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sigmoid_defaults(cls, tree: Any) -> Any:
+        """Under the sigmoid loss the model starts with another scale and with a bias, where nothing else is said."""
+        match tree:
+            case {"optimization": {"loss": "siglip"}}:
+                model = tree.get("model", {})
+            case _:
+                return tree
+        if not isinstance(model, dict):
+            return tree
+        said = {key: value for key, value in model.items() if key not in SIGMOID or value is not None}
+        return tree | {"model": SIGMOID | said}
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        for check in (_check_batch, _check_towers, _check_inputs, _check_bank):
+        for check in (_check_batch, _check_loss, _check_towers, _check_inputs, _check_bank):
             check(self)
         return self
 
@@ -93,6 +108,15 @@ def _check_batch(config: Config) -> None:
         raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
     if config.optimization.precision == "bf16" and config.optimization.zero_stage == 0:
         raise ValueError("optimization.zero_stage=0 keeps no fp32 state of a bf16 run to save; use 1, 2 or 3, or fp32")
+
+
+def _check_loss(config: Config) -> None:
+    bias = config.model.logit_bias_init
+    if bias is not None and config.optimization.loss != "siglip":
+        raise ValueError(
+            f"model.logit_bias_init={bias:g} is of the sigmoid loss, InfoNCE has no bias; set it to null or "
+            "optimization.loss to siglip"
+        )
 
 
 def _check_towers(config: Config) -> None:

@@ -11,6 +11,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+BatchLoss = Literal["info_nce", "siglip"]
 
 
 def _place(value: Any) -> Path | str:
@@ -126,7 +127,12 @@ class Model(Section):
     text: TextModel = TextModel()
     logit_scale_init: Positive = 14.3
     logit_scale_max: Positive = 100.0
+    logit_bias_init: float | None = Field(None, description="of a learned bias, for the sigmoid loss; null: none")
     source: Path | None = Field(None, alias="from", description="finished run whose weights and tokenizer it takes")
+
+
+# What a model starts with under the sigmoid loss (Zhai et al. 2023, section 3.2).
+SIGMOID = {"logit_scale_init": 10.0, "logit_bias_init": -10.0}
 
 
 class Augment(Section):
@@ -142,6 +148,7 @@ class Optimization(Section):
 
     epochs: Positive = Field(10.0, description="passes over the training shards; fractions are allowed")
     max_steps: Count | None = Field(None, description="ends the run at this global step, before `epochs`")
+    loss: BatchLoss = Field("info_nce", description="what contrasts the pairs of the global batch")
     micro_batch_size: Count = Field(32, description="most pairs that a worker embeds at once")
     train_batch_size: Count | None = Field(
         None, description="pairs a step over all workers, in chunks of micro_batch_size; null: one chunk a worker"

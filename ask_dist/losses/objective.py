@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ask_dist.config import Knowledge
-from ask_dist.losses.contrastive import contrast_masks, info_nce, weighted_mean
+from ask_dist.config import BatchLoss, Knowledge
+from ask_dist.losses.contrastive import info_nce, weighted_mean
 from ask_dist.losses.gather import GlobalBatch, gather
 from ask_dist.losses.injection import Neighbours, bank_contrast, consistency
 from ask_dist.losses.reliability import (
@@ -18,6 +18,7 @@ from ask_dist.losses.reliability import (
     running_reliability,
     wrong_share,
 )
+from ask_dist.losses.siglip import siglip
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,26 @@ class ObjectiveOutput:
 class AskObjective:
     """Adaptive Self-improving Knowledge as a loss (our reading of arXiv 2512.19703, see docs/method.md).
 
-    Without neighbours, before its gates or with knowledge.enabled false, it is the plain symmetric InfoNCE over the
-    global batch.
+    Without neighbours, before its gates or with knowledge.enabled false, it is the plain symmetric InfoNCE, or the
+    sigmoid loss, over the global batch.
 
     Args:
         knowledge: weights, temperatures and gates.
         half_life: a bank row that is older by so many global steps than the pair's own counts half as a negative.
+        loss: what contrasts the pairs of the batch.
     """
 
-    def __init__(self, knowledge: Knowledge, half_life: float = float("inf")) -> None:
+    def __init__(self, knowledge: Knowledge, half_life: float = float("inf"), loss: BatchLoss = "info_nce") -> None:
         self.knowledge = knowledge
         self.half_life = half_life
+        self.loss = loss
 
     def __call__(
         self,
         audio_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor,
+        logit_bias: Tensor | float,
         ids: Tensor,
         valid: Tensor | None = None,
         neighbours: Neighbours | None = None,
@@ -70,6 +74,7 @@ class AskObjective:
         Args:
             audio_features, text_features: float32 [local, dim], unit rows, paired.
             logit_scale: scalar, exponentiated.
+            logit_bias: scalar, of the sigmoid loss alone; InfoNCE has none.
             ids: int64 [local]; equal ids are never each other's negatives.
             valid: bool [local], False for slots to ignore; None: all count.
             neighbours: what the bank answered for this batch, or None.
@@ -91,9 +96,12 @@ class AskObjective:
             and neighbours is not None
             and len(neighbours) > 0
         )
-        terms = self._contrast(audio_features, text_features, logit_scale, batch, weights, neighbours if use else None)
+        contrast = self._batch_contrast(audio_features, text_features, logit_scale, logit_bias, batch)
+        further = {}
         if use and neighbours is not None:
-            terms |= self._agreement(audio_features, text_features, batch, weights, neighbours)
+            contrast = self._with_bank(contrast, audio_features, text_features, logit_scale, neighbours)
+            further = self._agreement(audio_features, text_features, batch, weights, neighbours)
+        terms = {"contrast": weighted_mean(contrast, weights, batch), **further}
         loss = torch.stack(list(terms.values())).sum()
         detached = {name: term.detach() for name, term in terms.items()}
         return ObjectiveOutput(loss, detached, reliability, use, batch)
@@ -113,27 +121,23 @@ class AskObjective:
         share = wrong_share(neighbours.reliability)
         return reliability_weights(reliability, settings.gamma * share * (1.0 - share))
 
-    def _contrast(
-        self,
-        audio: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        batch: GlobalBatch,
-        weights: Tensor,
-        neighbours: Neighbours | None,
-    ) -> dict[str, Tensor]:
-        """Half the sum of both directions: in the batch, and by contrast_weight against the bank."""
-        allowed, target = contrast_masks(batch, len(audio))
-        by_audio = scale * audio @ batch.text_features.T
-        by_text = scale * text @ batch.audio_features.T
-        contrast = info_nce(by_audio, allowed, target) + info_nce(by_text, allowed, target)
-        share = self.knowledge.contrast_weight
-        if neighbours is not None and share > 0:
-            known, heard = neighbours, neighbours.paired
-            wide = bank_contrast(audio, known.own_text, known.text, known, scale, self.half_life)
-            wide = wide + bank_contrast(text, known.own_audio, heard.audio, heard, scale, self.half_life)
-            contrast = torch.where(known.own_age >= 0, (1 - share) * contrast + share * wide, contrast)
-        return {"contrast": weighted_mean(contrast / 2, weights, batch)}
+    def _batch_contrast(
+        self, audio: Tensor, text: Tensor, scale: Tensor, bias: Tensor | float, batch: GlobalBatch
+    ) -> Tensor:
+        """float [local]: the sigmoid loss of each audio row, or the mean of InfoNCE's two directions."""
+        if self.loss == "siglip":
+            return siglip(audio, batch.text_features, scale, bias, batch)
+        by_audio = info_nce(audio, batch.text_features, scale, batch)
+        return (by_audio + info_nce(text, batch.audio_features, scale, batch)) / 2
+
+    def _with_bank(self, contrast: Tensor, audio: Tensor, text: Tensor, scale: Tensor, known: Neighbours) -> Tensor:
+        """float [local]: by contrast_weight the mean of both directions against the bank, where it holds the pair."""
+        share, heard = self.knowledge.contrast_weight, known.paired
+        if share == 0:
+            return contrast
+        wide = bank_contrast(audio, known.own_text, known.text, known, scale, self.half_life)
+        wide = wide + bank_contrast(text, known.own_audio, heard.audio, heard, scale, self.half_life)
+        return torch.where(known.own_age >= 0, (1 - share) * contrast + share * wide / 2, contrast)
 
     def _agreement(
         self, audio: Tensor, text: Tensor, batch: GlobalBatch, weights: Tensor, neighbours: Neighbours

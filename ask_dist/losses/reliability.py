@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ask_dist.losses.contrastive import contrast_masks
+from ask_dist.losses.contrastive import column_blocks, contrast_masks
 from ask_dist.losses.gather import GlobalBatch
 from ask_dist.losses.injection import Neighbours
 
@@ -33,9 +33,9 @@ def pair_reliability(batch: GlobalBatch, local: int, neighbours: Neighbours, *, 
     """r: the share of the batch's wrong pairs, made of one half of this pair and one half of another, that agree less.
 
     The halves agree by the Bhattacharyya coefficient sum_j sqrt(p_j q_j) of p, the distribution of the audio over the
-    bank's audio, and q, that of the text over the bank's text (Bhattacharyya 1943): one matrix product for all pairs,
-    right and wrong. Measured against wrong pairs of the same moment, r means the same early and late in training: near
-    1 for right pairs, uniform from 0 to 1 for wrong ones.
+    bank's audio, and q, that of the text over the bank's text (Bhattacharyya 1943): one matrix product for all pairs
+    of this rank's rows and another's. Measured against wrong pairs of the same moment, r means the same early and late
+    in training: near 1 for right pairs, uniform from 0 to 1 for wrong ones.
 
     Args:
         batch: the global batch.
@@ -48,14 +48,25 @@ def pair_reliability(batch: GlobalBatch, local: int, neighbours: Neighbours, *, 
     """
     if len(neighbours) < rank:
         return torch.full((local,), UNKNOWN, device=batch.ids.device)
-    queries = ((batch.audio_features, neighbours.audio), (batch.text_features, neighbours.text))
-    p, q = ((per_query_log_probabilities(x @ rows.T, rank, shape) / 2).exp() for x, rows in queries)
-    allowed, target = contrast_masks(batch, local)
-    others = allowed.scatter(1, target.unsqueeze(1), False)
-    by_audio, by_text = p[target] @ q.T, q[target] @ p.T
-    own = by_audio.gather(1, target.unsqueeze(1))
-    beaten = ((own > by_audio) & others).sum(dim=1) + ((own > by_text) & others).sum(dim=1)
-    count = 2 * others.sum(dim=1)
+
+    def roots(columns: slice) -> tuple[Tensor, Tensor]:
+        """The square roots of p and q, float [local, rows]."""
+        queries = ((batch.audio_features, neighbours.audio), (batch.text_features, neighbours.text))
+        p, q = ((per_query_log_probabilities(x[columns] @ rows.T, rank, shape) / 2).exp() for x, rows in queries)
+        return p, q
+
+    blocks = column_blocks(batch, local)
+    p, q = roots(blocks[0])
+    beaten = count = torch.zeros(local, dtype=torch.int64, device=batch.ids.device)
+    for columns in blocks:
+        other_p, other_q = (p, q) if columns == blocks[0] else roots(columns)
+        by_audio, by_text = p @ other_q.T, q @ other_p.T
+        if columns == blocks[0]:
+            right = by_audio.diagonal().unsqueeze(1)
+        allowed, own = contrast_masks(batch, local, columns)
+        wrong = allowed & ~own
+        beaten = beaten + ((right > by_audio) & wrong).sum(dim=1) + ((right > by_text) & wrong).sum(dim=1)
+        count = count + 2 * wrong.sum(dim=1)
     return torch.where(count > 0, beaten / count.clamp(min=1), UNKNOWN).float()
 
 

@@ -19,16 +19,18 @@ class Features(NamedTuple):
 
     audio_features, text_features: float32 [batch, embedding_dim], rows of unit length; None for a side not asked for.
     logit_scale: float32 scalar, already exponentiated and capped.
+    logit_bias: float32 scalar; 0 where the model has none.
     """
 
     audio_features: Tensor
     text_features: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor
 
 
 class DualEncoder(nn.Module):
-    """An audio and a text encoder, with a two-layer projection each if the configuration wants one, and the learned
-    logit_scale.
+    """An audio and a text encoder, with a two-layer projection each if the configuration wants one, the learned
+    logit_scale, and for the sigmoid loss a learned logit_bias.
 
     Attributes:
         given: towers ("audio", "text") whose vectors `forward` takes in place of their inputs, for frozen ones.
@@ -46,6 +48,8 @@ class DualEncoder(nn.Module):
         # One element, not a scalar: DeepSpeed broadcasts parameters as views of bytes.
         self.log_logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
         self.logit_scale_max = config.logit_scale_max
+        bias = config.logit_bias_init
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
         self.given: frozenset[str] = frozenset()
 
     @property
@@ -66,7 +70,9 @@ class DualEncoder(nn.Module):
         heard = audio if "audio" in self.given else self.audio(audio)
         read = tokens if "text" in self.given else self.text(tokens)
         audio_features = self._project(self.audio_projection, heard)
-        return Features(audio_features, self._project(self.text_projection, read), self.logit_scale)
+        text_features = self._project(self.text_projection, read)
+        bias = torch.zeros_like(self.logit_scale) if self.logit_bias is None else self.logit_bias[0]
+        return Features(audio_features, text_features, self.logit_scale, bias.float())
 
     def _project(self, projection: nn.Module, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(projection(vectors.to(self.log_logit_scale.dtype)).float(), dim=-1)

@@ -65,7 +65,13 @@ def load_weights(model: DualEncoder, run_dir: Path) -> None:
         InputError: they do not fit.
     """
     try:
-        model.load_state_dict(load_file(run_dir / "model" / WEIGHTS))
+        weights = load_file(run_dir / "model" / WEIGHTS)
+        # A run may start from one that was trained by the other loss.
+        if model.logit_bias is None:
+            weights.pop("logit_bias", None)
+        else:
+            weights.setdefault("logit_bias", model.logit_bias)
+        model.load_state_dict(weights)
     except Exception as error:  # safetensors and torch each raise types of their own
         raise InputError(f"{run_dir}/model/{WEIGHTS} does not fit config.yaml: {str(error).splitlines()[0]}") from None
 

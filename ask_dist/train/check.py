@@ -77,7 +77,7 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
     tokens = model.text.tokenize([sentences[i % len(sentences)] for i in range(size)])
     start = time.perf_counter()
     features = model(audio, tokens)
-    objective = AskObjective(config.knowledge, half_life=config.knowledge.half_life)
+    objective = AskObjective(config.knowledge, config.knowledge.half_life, config.optimization.loss)
     loss = objective(*features, torch.arange(size), neighbours=_synthetic_neighbours(config)).loss
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -95,7 +95,9 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         rank=rank,
         world_size=world_size,
         engine=Engine(model, config.optimization, total_steps, device),
-        objective=AskObjective(config.knowledge, half_life=config.knowledge.half_life * loader.steps_per_epoch),
+        objective=AskObjective(
+            config.knowledge, config.knowledge.half_life * loader.steps_per_epoch, config.optimization.loss
+        ),
         loader=loader,
         shards=shards,
         held_out=held_out,

@@ -11,7 +11,8 @@ from ask_dist.models.encoder import Encoder
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """The trained parameters as groups for AdamW: matrices with weight decay; norms, biases, logit_scale without.
+    """The trained parameters as groups for AdamW: matrices with weight decay; norms, biases, logit_scale and
+    logit_bias without.
 
     Args:
         model: its encoders are looked for among its modules.

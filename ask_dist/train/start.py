@@ -27,6 +27,7 @@ MAY_DIFFER = {
     "dropout": True,
     "logit_scale_init": True,
     "logit_scale_max": True,
+    "logit_bias_init": True,
     "audio": {"source", "freeze", "unfreeze_at", "lora"},
     "text": {"source", "freeze", "unfreeze_at", "lora", "vocabulary"},
 }

@@ -131,6 +131,7 @@ def _step_metrics(state: TrainState, loss: float, features: Features, output: Ob
     return {
         "train/loss": loss,
         "train/logit_scale": float(features.logit_scale),
+        **({"train/logit_bias": float(features.logit_bias)} if state.objective.loss == "siglip" else {}),
         "train/learning_rate": result.learning_rate,
         "train/gradient_norm": result.gradient_norm,
         "train/knowledge_used": float(output.knowledge_used),
