@@ -36,12 +36,12 @@ def noise_corpus(folder: Path, clips: int) -> Path:
     return folder
 
 
-def untrained_run(folder: Path, corpus: Path, seed: int = 0) -> Path:
+def untrained_run(folder: Path, corpus: Path, seed: int = 0, **optimization: object) -> Path:
     tree = {
         "name": "noise",
         "data": {"train": str(corpus), "clip_seconds": 0.5},
         "model": {"embedding_dim": 32, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
-        "optimization": {"micro_batch_size": 8},
+        "optimization": {"micro_batch_size": 8, **optimization},
     }
     config: Config = configuration.parse(tree)
     torch.manual_seed(seed)

@@ -214,6 +214,22 @@ def test_bf16_without_gpus_and_uneven_heads_are_refused():
     assert "model.text.heads=3" in refusal("model.text.heads=3")
 
 
+def test_the_sigmoid_loss_brings_a_bias_and_a_scale_of_its_own_unless_they_are_given(tmp_path):
+    assert (parse().optimization.loss, parse().model.logit_bias_init) == ("info_nce", None)
+    siglip = parse("optimization.loss=siglip")
+    assert (siglip.model.logit_scale_init, siglip.model.logit_bias_init) == (10.0, -10.0)
+    given = parse("optimization.loss=siglip", "model.logit_scale_init=5", "model.logit_bias_init=-3").model
+    assert (given.logit_scale_init, given.logit_bias_init) == (5.0, -3.0)
+    # The resolved file of another run says null.
+    (tmp_path / "config.yaml").write_text(configuration.dump(parse()))
+    assert configuration.load(tmp_path / "config.yaml", ["optimization.loss=siglip"]).model.logit_bias_init == -10.0
+    (tmp_path / "config.yaml").write_text(configuration.dump(siglip))
+    assert configuration.load(tmp_path / "config.yaml") == siglip
+    assert "set it to null or optimization.loss to siglip" in refusal("model.logit_bias_init=-10")
+    assert refusal("optimization.loss=siglip", "model=3").startswith("model=3: ")
+    assert "did you mean model.logit_bias_init?" in refusal("optimization.loss=siglip", "model.logit_bias_int=null")
+
+
 def test_how_a_tower_is_fine_tuned_must_make_sense():
     message = refusal("model.text.unfreeze_at=0.3")
     assert message == "model.text.unfreeze_at=0.3 is of a frozen tower; set model.text.freeze=true"

@@ -10,14 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ask_dist.config import Knowledge, Reliability
-from ask_dist.losses.contrastive import contrast_masks, info_nce, weighted_mean
+from ask_dist.config import BatchLoss, Knowledge, Reliability
+from ask_dist.losses.contrastive import info_nce, weighted_mean
 from ask_dist.losses.gather import GlobalBatch, gather
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.objective import AskObjective
+from tests.allocations import Allocations
 from tests.ranks import run_ranks
 
 PAIRS, DIM = 12, 8
+LOCAL = 64  # rows of every rank where memory is measured
+Features = tuple[Tensor, Tensor, Tensor, Tensor]
 KNOWLEDGE = Knowledge(start=0.0, temperature=0.2, reliability=Reliability(start=0.0, rank=4, gamma=2.0))
 # The largest and smallest id, and pairs that occur twice; the slots not valid are unequal in number over 2 and 4 ranks.
 IDS = torch.tensor([2**63 - 1, -(2**63), 3, 4, 3, 6, 7, 8, 9, 4, 11, 12])
@@ -41,31 +44,39 @@ def local_rows(rank: int, world_size: int) -> slice:
     return slice(rank * PAIRS // world_size, (rank + 1) * PAIRS // world_size)
 
 
+CASES: dict[str, tuple[bool, BatchLoss]] = {
+    "plain": (False, "info_nce"),
+    "knowledge": (True, "info_nce"),
+    "siglip": (False, "siglip"),
+    "siglip with knowledge": (True, "siglip"),
+}
+
+
 class Towers(nn.Module):
-    """Two linear encoders and a logit scale, in float64 so that a difference is one of method, not of rounding."""
+    """Two linear encoders, a logit scale and a logit bias, in float64 so that a difference is one of method, not of rounding."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.audio, self.text = nn.Linear(5, DIM).double(), nn.Linear(7, DIM).double()
         self.log_scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
 
-    def forward(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, rows: slice) -> Features:
         audio = normalize(self.audio(random(PAIRS, 5, seed=5)[rows]), dim=1)
         text = normalize(self.text(random(PAIRS, 7, seed=6)[rows]), dim=1)
-        return audio, text, self.log_scale.exp()
+        return audio, text, self.log_scale.exp(), self.bias
 
 
-def ask_loss(features: tuple[Tensor, Tensor, Tensor], rows: slice, neighbours: Neighbours | None) -> Tensor:
-    objective = AskObjective(KNOWLEDGE, half_life=10.0)
+def ask_loss(features: Features, rows: slice, neighbours: Neighbours | None, loss: BatchLoss) -> Tensor:
+    objective = AskObjective(KNOWLEDGE, half_life=10.0, loss=loss)
     return objective(*features, IDS[rows], VALID[rows], neighbours).loss
 
 
-def in_batch_loss(features: tuple[Tensor, Tensor, Tensor], batch: GlobalBatch) -> Tensor:
-    audio, text, scale = features
-    allowed, target = contrast_masks(batch, len(audio))
-    by_audio = info_nce(scale * audio @ batch.text_features.T, allowed, target)
-    by_text = info_nce(scale * text @ batch.audio_features.T, allowed, target)
+def in_batch_loss(features: Features, batch: GlobalBatch) -> Tensor:
+    audio, text, scale, _ = features
+    by_audio = info_nce(audio, batch.text_features, scale, batch)
+    by_text = info_nce(text, batch.audio_features, scale, batch)
     return weighted_mean((by_audio + by_text) / 2, torch.ones(len(audio)), batch)
 
 
@@ -85,10 +96,9 @@ def value_and_gradients(case: str, rank: int, world_size: int) -> dict[str, Tens
     towers, rows = Towers(), local_rows(rank, world_size)
     features = towers(rows)
     labels = (IDS[rows], VALID[rows])
-    if case == "knowledge":
-        loss = ask_loss(features, rows, bank_rows(rows))
-    elif case == "plain":
-        loss = ask_loss(features, rows, None)
+    if case in CASES:
+        knowledge, name = CASES[case]
+        loss = ask_loss(features, rows, bank_rows(rows) if knowledge else None, name)
     elif case == "gathered":
         loss = in_batch_loss(features, gather(*features[:2], *labels))
     else:
@@ -100,6 +110,23 @@ def value_and_gradients(case: str, rank: int, world_size: int) -> dict[str, Tens
             dist.all_reduce(tensor)
             tensor /= world_size
     return results
+
+
+def memory(rank: int, loss: BatchLoss) -> dict[str, int]:
+    """What a step's loss takes on one rank: gathering, reliability, contrast, knowledge, forward and backward."""
+    ids = LOCAL * rank + torch.arange(LOCAL)
+    audio, text = (normalize(random(LOCAL, DIM, seed=seed), dim=1).float().requires_grad_() for seed in (rank, 9 + rank))
+    known = bank_rows(slice(0, PAIRS))
+    own = {name: getattr(known, name)[ids % PAIRS] for name in vars(known) if name.startswith("own_")}
+    floats = {
+        name: value.float() for name, value in (vars(known) | own).items() if name not in ("ids", "prototypes")
+    }
+    prototypes = [(audio.float(), text.float()) for audio, text in known.prototypes]
+    with Allocations() as allocations:
+        AskObjective(KNOWLEDGE, half_life=10.0, loss=loss)(
+            audio, text, torch.tensor(4.0), -2.0, ids, None, Neighbours(known.ids, **floats, prototypes=prototypes)
+        ).loss.backward()
+    return {"largest": allocations.largest, "peak": allocations.peak}
 
 
 def one_late_answer(rank: int) -> dict[str, Any]:
@@ -123,14 +150,24 @@ def batch_of_rank(rank: int) -> dict[str, Any]:
 
 
 def work(rank: int) -> dict[str, Any]:
-    cases = ("knowledge", "plain", "gathered", "without gradient")
+    cases = (*CASES, "gathered", "without gradient")
     results: dict[str, Any] = {case: value_and_gradients(case, rank, dist.get_world_size()) for case in cases}
-    return results | {"late": one_late_answer(rank), "batch": batch_of_rank(rank)}
+    return results | {
+        "late": one_late_answer(rank),
+        "batch": batch_of_rank(rank),
+        "memory": {name: memory(rank, name) for name in ("info_nce", "siglip")},
+    }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
-    return run_ranks(work, request.param, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    """What every rank found, by the number of ranks."""
+    return {size: run_ranks(work, size, tmp_path_factory.mktemp("ranks")) for size in (1, 2, 4)}
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request, worlds) -> list[dict[str, Any]]:
+    return worlds[request.param]
 
 
 def differences(ranks: list[dict[str, Any]], case: str, reference: str) -> dict[str, float]:
@@ -142,11 +179,26 @@ def differences(ranks: list[dict[str, Any]], case: str, reference: str) -> dict[
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("case", ["plain", "knowledge"])
-def test_gradients_are_those_of_one_process(ranks, case):
-    found = differences(ranks, case, case)
-    assert set(found) == {"loss", "log_scale", "audio.weight", "audio.bias", "text.weight", "text.bias"}
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_process(worlds, size, case):
+    found = differences(worlds[size], case, case)
+    learned = {"log_scale", "audio.weight", "audio.bias", "text.weight", "text.bias"}
+    assert set(found) == {"loss", *learned} | ({"bias"} if "siglip" in case else set())
     assert max(found.values()) < 1e-6, found
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["info_nce", "siglip"])
+def test_of_more_ranks_a_rank_holds_no_more_than_their_rows(worlds, name):
+    largest, peak = (
+        {size: max(rank["memory"][name][key] for rank in ranks) for size, ranks in worlds.items()}
+        for key in ("largest", "peak")
+    )
+    assert set(largest.values()) == {LOCAL * LOCAL}  # of 4 ranks, the gathered rows are as many elements
+    further_rows = 2 * LOCAL * 2 * DIM * 4  # bytes, both modalities
+    assert peak[4] - peak[2] < 6 * further_rows < 2 * LOCAL * LOCAL * 4 * 4
+    assert max(peak[2], peak[4]) < 1.25 * peak[1]
 
 
 @pytest.mark.multiprocess
@@ -169,7 +221,7 @@ def test_a_late_answer_on_one_rank_neither_blocks_nor_breaks_the_step(ranks):
 
 @pytest.mark.multiprocess
 def test_every_rank_sees_the_global_batch_in_rank_order(ranks):
-    audio, text, _ = Towers()(slice(0, PAIRS))
+    audio, text, *_ = Towers()(slice(0, PAIRS))
     for rank, results in enumerate(ranks):
         batch = results["batch"]
         torch.testing.assert_close(batch["audio_features"], audio.detach())
@@ -180,7 +232,7 @@ def test_every_rank_sees_the_global_batch_in_rank_order(ranks):
 
 
 def test_without_torch_distributed_the_local_batch_is_the_global_one():
-    audio, text, _ = Towers()(slice(0, PAIRS))
+    audio, text, *_ = Towers()(slice(0, PAIRS))
     batch = gather(audio, text, IDS, VALID)
     assert batch.audio_features is audio
     assert (batch.offset, batch.world_size) == (0, 1)

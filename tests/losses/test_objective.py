@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ask_dist.config import Knowledge, Reliability
+from ask_dist.config import BatchLoss, Knowledge, Reliability
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.objective import AskObjective, ObjectiveOutput
 
-HALF_LIFE = 10.0
+HALF_LIFE, BIAS = 10.0, -2.0
 IDS = torch.tensor([1, 2, 3, 2, 5, 6])
 VALID = torch.tensor([True, True, True, True, False, True])
 ALWAYS = Reliability(start=0.0, rank=4)
@@ -45,9 +45,11 @@ def with_texts_alone(known: Neighbours, count: int) -> Neighbours:
     return replace(known, audio=audio, reliability=reliability)
 
 
-def run(knowledge: Knowledge, neighbours: Neighbours | None, **arguments: Any) -> ObjectiveOutput:
-    objective = AskObjective(knowledge, HALF_LIFE)
-    return objective(unit(6, 5), unit(6, 6), torch.tensor(4.0), IDS, VALID, neighbours, **arguments)
+def run(
+    knowledge: Knowledge, neighbours: Neighbours | None, loss: BatchLoss = "info_nce", **arguments: Any
+) -> ObjectiveOutput:
+    objective = AskObjective(knowledge, HALF_LIFE, loss)
+    return objective(unit(6, 5), unit(6, 6), torch.tensor(4.0), BIAS, IDS, VALID, neighbours, **arguments)
 
 
 def softmax(values: list[float]) -> list[float]:
@@ -84,18 +86,23 @@ def slow_weights(trust: Reliability, known: Neighbours) -> list[float]:
     return [r ** (trust.gamma * share * (1 - share)) for r in mean]
 
 
-def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> dict[str, float]:
+def slow_loss(
+    knowledge: Knowledge, known: Neighbours, loss: BatchLoss = "info_nce", scale: float = 4.0
+) -> dict[str, float]:
     """The objective with every gate open, pair by pair."""
     audio, text = unit(6, 5), unit(6, 6)
     rows = [i for i in range(6) if VALID[i]]
     weights = slow_weights(knowledge.reliability, known)
 
-    def contrast(i: int, queries: Tensor, keys: Tensor, own: Tensor, bank: Tensor) -> float:
-        others = [j for j in range(6) if j == i or (VALID[j] and IDS[j] != IDS[i])]
-        positive = scale * float(queries[i] @ keys[i])
-        plain = math.log(sum(math.exp(scale * float(queries[i] @ keys[j])) for j in others)) - positive
-        if known.own_age[i] < 0:
-            return plain
+    def in_batch(i: int, queries: Tensor, keys: Tensor) -> float:
+        others = [j for j in range(6) if VALID[j] and IDS[j] != IDS[i]]
+        positive, *negatives = (scale * float(queries[i] @ keys[j]) for j in (i, *others))
+        if loss == "siglip":
+            questions = [-(positive + BIAS), *(negative + BIAS for negative in negatives)]
+            return sum(math.log(1 + math.exp(question)) for question in questions)
+        return math.log(sum(math.exp(logit) for logit in (positive, *negatives))) - positive
+
+    def against_bank(i: int, queries: Tensor, own: Tensor, bank: Tensor) -> float:
         stored = scale * float(queries[i] @ own[i])
         outside = sum(
             0.5 ** (max(0.0, float(known.age[j] - known.own_age[i])) / HALF_LIFE)
@@ -103,15 +110,21 @@ def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> di
             for j in range(len(known))
             if bank[j].any()  # a text alone is nothing that a text could be compared with
         )
-        share = knowledge.contrast_weight
-        return (1 - share) * plain + share * (math.log(math.exp(stored) + outside) - stored)
+        return math.log(math.exp(stored) + outside) - stored
+
+    def contrast(i: int) -> float:
+        plain = in_batch(i, audio, text)
+        if loss == "info_nce":  # the sigmoid loss asks for every pair once
+            plain = (plain + in_batch(i, text, audio)) / 2
+        if known.own_age[i] < 0:
+            return plain
+        wide = against_bank(i, audio, known.own_text, known.text) + against_bank(i, text, known.own_audio, known.audio)
+        return (1 - knowledge.contrast_weight) * plain + knowledge.contrast_weight * wide / 2
 
     terms = {"contrast": 0.0, "consistency": 0.0, "coarse": 0.0}
     (coarse_audio, coarse_text), temperature = known.prototypes[0], knowledge.temperature
     for i in rows:
-        both = contrast(i, audio, text, known.own_text, known.text)
-        both += contrast(i, text, audio, known.own_audio, known.audio)
-        terms["contrast"] += weights[i] * both / 2 / len(rows)
+        terms["contrast"] += weights[i] * contrast(i) / len(rows)
         heard = [row for row in known.audio if row.any()]
         fine = agreement(audio[i], text[i], heard, known.text, temperature)
         terms["consistency"] += knowledge.consistency_weight * weights[i] * fine / len(rows)
@@ -123,11 +136,12 @@ def slow_loss(knowledge: Knowledge, known: Neighbours, scale: float = 4.0) -> di
 @pytest.mark.parametrize("contrast_weight", [1.0, 0.3])
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("texts", [0, 5])
-def test_agrees_with_a_loop_over_pairs(contrast_weight, gamma, texts):
+@pytest.mark.parametrize("loss", ["info_nce", "siglip"])
+def test_agrees_with_a_loop_over_pairs(loss, contrast_weight, gamma, texts):
     trust = Reliability(start=0.0, rank=4, gamma=gamma)
     knowledge = Knowledge(start=0.0, temperature=0.2, contrast_weight=contrast_weight, reliability=trust)
     known = with_texts_alone(bank_rows(), texts)
-    output, wanted = run(knowledge, known), slow_loss(knowledge, known)
+    output, wanted = run(knowledge, known, loss), slow_loss(knowledge, known, loss)
     assert output.knowledge_used
     assert {name: float(term) for name, term in output.terms.items()} == pytest.approx(wanted, rel=1e-6)
     assert output.loss.item() == pytest.approx(sum(wanted.values()), rel=1e-6)
@@ -162,14 +176,15 @@ def test_encoders_that_make_every_pair_look_wrong_leave_all_pairs_their_weight()
     assert run(only_weights, mixed, progress=0.5).loss.item() < 0.1 * plain_loss()
 
 
-def plain_loss() -> float:
-    return run(Knowledge(enabled=False), None).loss.item()
+def plain_loss(loss: BatchLoss = "info_nce") -> float:
+    return run(Knowledge(enabled=False), None, loss).loss.item()
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "siglip"])
 @pytest.mark.parametrize("neighbours", [None, bank_rows(0)], ids=["late", "empty"])
-def test_without_an_answer_the_loss_is_the_plain_one_exactly(neighbours):
-    output = run(Knowledge(start=0.0, reliability=ALWAYS), neighbours)
-    assert output.loss.item() == plain_loss()
+def test_without_an_answer_the_loss_is_the_plain_one_exactly(loss, neighbours):
+    output = run(Knowledge(start=0.0, reliability=ALWAYS), neighbours, loss)
+    assert output.loss.item() == plain_loss(loss)
     assert list(output.terms) == ["contrast"]
     assert not output.knowledge_used
 
@@ -221,7 +236,8 @@ def test_contrast_weight_0_ignores_the_banks_rows_as_negatives():
 def test_gradients_are_finite_and_none_comes_from_an_invalid_row():
     audio, text = unit(6, 5).requires_grad_(), unit(6, 6).requires_grad_()
     scale = torch.tensor(100.0, requires_grad=True)
-    AskObjective(Knowledge(start=0.0, reliability=ALWAYS))(audio, text, scale, IDS, VALID, bank_rows()).loss.backward()
+    objective = AskObjective(Knowledge(start=0.0, reliability=ALWAYS))
+    objective(audio, text, scale, 0.0, IDS, VALID, bank_rows()).loss.backward()
     for gradient in (audio.grad, text.grad, scale.grad):
         assert gradient is not None
         assert torch.isfinite(gradient).all()
@@ -240,7 +256,7 @@ def test_the_bank_gets_no_gradient_and_reaches_beyond_the_batch():
     def outside(neighbours: Neighbours | None) -> float:
         (gradient,) = torch.autograd.grad(
             AskObjective(Knowledge(start=0.0, contrast_weight=1.0))(
-                audio, text, torch.tensor(4.0), IDS[:3], None, neighbours
+                audio, text, torch.tensor(4.0), 0.0, IDS[:3], None, neighbours
             ).loss,
             audio,
         )
@@ -255,7 +271,7 @@ def test_a_batch_of_invalid_rows_alone_costs_nothing():
     audio = unit(2, 5).requires_grad_()
     none = torch.zeros(2, dtype=torch.bool)
     loss = AskObjective(Knowledge(start=0.0))(
-        audio, unit(2, 6), torch.tensor(4.0), IDS[:2], none, bank_rows(local=2)
+        audio, unit(2, 6), torch.tensor(4.0), 0.0, IDS[:2], none, bank_rows(local=2)
     ).loss
     loss.backward()
     assert loss.item() == 0.0

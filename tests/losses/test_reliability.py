@@ -85,10 +85,10 @@ def test_agrees_with_a_loop_over_wrong_pairs():
     audio, text, _ = clustered_bank(clusters=5, rows=60, spread=0.3)
     ids = torch.tensor([1, 2, 3, 2, 5, 6])
     valid = torch.tensor([True, True, True, True, False, True])
-    batch = batch_of(audio[:6], text[:6], ids=ids, valid=valid, offset=2)
+    batch = batch_of(audio[:6], text[:6], ids=ids, valid=valid, offset=3, world_size=2)
     known = bank_of(audio[6:], text[6:])
     found = pair_reliability(batch, 3, known, rank=8, shape=3.0)
-    wanted = [slow_reliability(batch, known, pair, 8, 3.0) for pair in (2, 3, 4)]
+    wanted = [slow_reliability(batch, known, pair, 8, 3.0) for pair in (3, 4, 5)]
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-6, rtol=0)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ask_dist.config import SIGMOID
+from ask_dist.models.dual_encoder import build_dual_encoder
+
 AUDIO = torch.randn(4, 4000, generator=torch.Generator().manual_seed(0))
 CAPTIONS = ["a drum", "a viola, then a drum", "three loud notes", ""]
 
@@ -17,6 +20,17 @@ def test_features_are_unit_rows_and_the_scale_is_exponentiated(model):
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
     assert features.logit_scale.shape == ()
     assert features.logit_scale.item() == pytest.approx(14.3, rel=1e-5)
+    assert features.logit_bias.item() == 0.0
+
+
+def test_there_is_a_bias_to_learn_for_the_sigmoid_loss_alone(model, settings, vocabulary):
+    assert "logit_bias" not in model.state_dict()
+    biased = build_dual_encoder(settings.model_copy(update=SIGMOID), 8000, vocabulary)
+    features = biased(AUDIO, biased.text.tokenize(CAPTIONS))
+    assert features.logit_scale.item() == pytest.approx(10.0, rel=1e-5)
+    assert (features.logit_bias.shape, features.logit_bias.item()) == ((), -10.0)
+    features.logit_bias.backward()
+    assert biased.logit_bias.grad.tolist() == [1.0]
 
 
 def test_each_side_can_be_encoded_alone(model):

@@ -229,6 +229,7 @@ def test_the_same_global_batch_on_fewer_workers_keeps_the_lineage():
         "seed=1",
         "model.embedding_dim=128",
         "model.text.lora.rank=4",
+        "optimization.loss=siglip",
         "knowledge.neighbours=4",
         "optimization.micro_batch_size=64",
         "data.lanes=4",

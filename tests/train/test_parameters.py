@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from ask_dist.config import AudioModel, Model, TextModel
+from ask_dist.config import SIGMOID, AudioModel, Model, TextModel
 from ask_dist.models.dual_encoder import build_dual_encoder
 from ask_dist.models.encoder import Encoder
 from ask_dist.models.text import Vocabulary
@@ -29,7 +29,7 @@ class Tower(Encoder):
 
 def model(freeze: bool = False, unfreeze_at: float | None = None) -> nn.Module:
     text = TextModel(width=16, layers=2, heads=2, max_tokens=8, freeze=freeze, unfreeze_at=unfreeze_at)
-    settings = Model(embedding_dim=12, audio=AudioModel(width=8, mel_bins=20), text=text)
+    settings = Model(embedding_dim=12, audio=AudioModel(width=8, mel_bins=20), text=text, **SIGMOID)
     return build_dual_encoder(settings, 8000, Vocabulary.train(["a dog", "rain"], 300))
 
 
@@ -45,9 +45,8 @@ def test_without_layer_decay_there_are_two_groups_and_only_matrices_decay():
     assert {group["scale"] for group in (decayed, plain)} == {1.0}
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     named = by_name(whole, [plain], "weight_decay")
-    assert {"log_logit_scale", "audio_projection.0.bias", "text.norm.weight", "text.layers.layers.0.norm1.bias"} <= set(
-        named
-    )
+    scalars, inner = {"log_logit_scale", "logit_bias"}, {"text.norm.weight", "text.layers.layers.0.norm1.bias"}
+    assert scalars | inner | {"audio_projection.0.bias"} <= set(named)
     assert len(decayed["params"]) + len(plain["params"]) == len(list(whole.parameters()))
 
 
@@ -65,6 +64,7 @@ def test_the_rate_falls_from_the_last_block_down():
         "audio.context.weight_hh_l0": 1.0,
         "text_projection.0.weight": 1.0,
         "log_logit_scale": 1.0,
+        "logit_bias": 1.0,
     }
     assert {name: scales[name] for name in wanted} == wanted
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from ask_dist import config as configuration
@@ -136,3 +137,23 @@ def test_the_weights_of_one_run_are_those_another_starts_with(corpus, run, tmp_p
     load_weights(model, run)
     for (name, value), expected in zip(model.state_dict().items(), wanted.state_dict().values(), strict=True):
         assert value.equal(expected), name
+
+
+def test_a_run_may_start_from_one_of_the_other_loss(corpus, run, tmp_path):
+    sigmoid = untrained_run(tmp_path / "sigmoid", corpus, seed=1, loss="siglip")
+    vocabulary = Vocabulary.load(run / "model" / Vocabulary.FILE)
+    for source, loss, bias in ((run, "siglip", -10.0), (sigmoid, "info_nce", None)):
+        config = configuration.load(run / "config.yaml", [f"model.from={source}", f"optimization.loss={loss}"])
+        check_start(config, load_shards(config))
+        model = new_model(config, vocabulary)
+        load_weights(model, source)
+        assert model.audio_projection[0].weight.equal(load_model(source)[1].audio_projection[0].weight)
+        assert bias == (None if model.logit_bias is None else model.logit_bias.item())
+
+
+def test_the_learned_bias_is_part_of_the_weights(corpus, tmp_path):
+    folder = untrained_run(tmp_path / "sigmoid", corpus, loss="siglip")
+    _, model = load_model(folder)
+    torch.nn.init.constant_(model.logit_bias, -7.0)
+    save_model(folder / "model", model)
+    assert load_model(folder)[1].logit_bias.item() == -7.0

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ask_dist import config as configuration
+from ask_dist.config import BatchLoss
 from ask_dist.losses.objective import AskObjective
 from ask_dist.models.dual_encoder import build_dual_encoder
 from ask_dist.models.text import Vocabulary
@@ -21,7 +22,7 @@ from tests.ranks import run_ranks
 STEPS = 12
 
 
-def make_engine(folder: str, stage: int, freeze: bool) -> tuple[Engine, AskObjective]:
+def make_engine(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> tuple[Engine, AskObjective]:
     tree = {
         "name": "clap",
         "data": {"train": "x", "sample_rate": RATE, "lanes": 2},
@@ -31,32 +32,32 @@ def make_engine(folder: str, stage: int, freeze: bool) -> tuple[Engine, AskObjec
             "audio": {"name": "clap-htsat", "source": folder, "freeze": freeze},
             "text": {"name": "clap-text", "source": folder, "max_tokens": 16},
         },
-        "optimization": {"zero_stage": stage, "learning_rate": 3e-3, "micro_batch_size": 2},
+        "optimization": {"zero_stage": stage, "learning_rate": 3e-3, "micro_batch_size": 2, "loss": loss},
         "knowledge": {"enabled": False},
     }
     config = configuration.parse(tree)
     torch.manual_seed(0)
     model = build_dual_encoder(config.model, RATE, Vocabulary.train(CAPTIONS, 300))
     engine = Engine(model, config.optimization, STEPS, torch.device("cpu"))
-    return engine, AskObjective(config.knowledge, half_life=1.0)
+    return engine, AskObjective(config.knowledge, half_life=1.0, loss=loss)
 
 
-def train(folder: str, stage: int, freeze: bool) -> dict[str, Any]:
-    engine, objective = make_engine(folder, stage, freeze)
+def train(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> dict[str, Any]:
+    engine, objective = make_engine(folder, stage, freeze, loss)
     before = engine.state()
     rank, losses = dist.get_rank(), []
     engine.module.train()
     for _ in range(STEPS):
         mine = slice(2 * rank, 2 * rank + 2)
         features = engine(sounds(2.0, 4)[mine], engine.module.text.tokenize([*CAPTIONS, "viola"][mine]))
-        loss = objective(*features, torch.arange(4)[mine]).loss
-        everywhere = loss.detach().clone()
+        value = objective(*features, torch.arange(4)[mine]).loss
+        everywhere = value.detach().clone()
         dist.all_reduce(everywhere)
         losses.append(float(everywhere) / dist.get_world_size())
-        engine.backward(loss)
+        engine.backward(value)
         engine.step()
     state = engine.state()
-    fresh, _ = make_engine(folder, stage, freeze)
+    fresh, _ = make_engine(folder, stage, freeze, loss)
     fresh.load_state(state)
     whole = fresh.whole().eval()
     with torch.no_grad():
@@ -68,7 +69,7 @@ def train(folder: str, stage: int, freeze: bool) -> dict[str, Any]:
 
 def every_way(rank: int, folder: str) -> list[dict[str, Any]]:
     """One start of the processes for all tests."""
-    return [train(folder, stage, freeze) for stage, freeze in ((1, True), (3, False))]
+    return [train(folder, 1, True, "info_nce"), train(folder, 3, False, "siglip")]
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +92,8 @@ def test_a_frozen_tower_moves_no_weight(ways):
     assert moved
     assert not [name for name in moved if name.startswith("model.audio.")]
     assert [name for name in ways[1]["moved"] if name.startswith("model.audio.")]
+
+
+@pytest.mark.multiprocess
+def test_the_sigmoid_loss_alone_has_a_bias_and_it_learns(ways):
+    assert ["model.logit_bias" in way["moved"] for way in ways] == [False, True]
