@@ -115,14 +115,14 @@ def peak(loss: Loss, local: int, world_size: int) -> Allocations:
 @pytest.mark.parametrize("name", LOSSES)
 def test_memory_is_that_of_one_block_whatever_the_number_of_ranks(name):
     blockwise, whole = LOSSES[name]
-    local, few, many = 64, peak(blockwise, 64, 2), peak(blockwise, 64, 16)
-    assert few.largest == many.largest == local * local
-    of_rows = 4 * local * (16 - 2)  # bytes for each float32 that a row of the further ranks has
-    assert many.peak - few.peak < of_rows * 16  # far from local x global
+    few, many = peak(blockwise, 64, 2), peak(blockwise, 64, 16)
+    assert few.largest == many.largest == 64 * 64
+    of_rows = 4 * 64 * (16 - 2)  # bytes for each float32 that a row of the further ranks has
+    assert many.peak - few.peak < of_rows * 16  # each matrix of the further columns would be 64
     assert few.peak < 1.25 * peak(blockwise, 64, 1).peak
     assert peak(blockwise, 128, 2).peak > 3 * few.peak  # it is the local batch that it goes by
     # The same measure sees a whole matrix.
-    assert peak(whole, local, 16).largest == local * local * 16
+    assert peak(whole, 16, 4).largest == 16 * 16 * 4
 
 
 def test_two_equal_logits_cost_ln_2():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +54,7 @@ CASES: dict[str, tuple[bool, BatchLoss]] = {
 
 
 class Towers(nn.Module):
-    """Two linear encoders, a logit scale and a logit bias, in float64 so that a difference is one of method, not of rounding."""
+    """Two linear encoders, a scale and a bias, in float64 so that a difference is one of method, not of rounding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,17 +116,12 @@ def value_and_gradients(case: str, rank: int, world_size: int) -> dict[str, Tens
 def memory(rank: int, loss: BatchLoss) -> dict[str, int]:
     """What a step's loss takes on one rank: gathering, reliability, contrast, knowledge, forward and backward."""
     ids = LOCAL * rank + torch.arange(LOCAL)
-    audio, text = (normalize(random(LOCAL, DIM, seed=seed), dim=1).float().requires_grad_() for seed in (rank, 9 + rank))
+    audio, text = (normalize(random(LOCAL, DIM, seed=seed), dim=1).requires_grad_() for seed in (rank, 9 + rank))
     known = bank_rows(slice(0, PAIRS))
-    own = {name: getattr(known, name)[ids % PAIRS] for name in vars(known) if name.startswith("own_")}
-    floats = {
-        name: value.float() for name, value in (vars(known) | own).items() if name not in ("ids", "prototypes")
-    }
-    prototypes = [(audio.float(), text.float()) for audio, text in known.prototypes]
+    own = {name: value[ids % PAIRS] for name, value in vars(known).items() if name.startswith("own_")}
+    objective = AskObjective(KNOWLEDGE, half_life=10.0, loss=loss)
     with Allocations() as allocations:
-        AskObjective(KNOWLEDGE, half_life=10.0, loss=loss)(
-            audio, text, torch.tensor(4.0), -2.0, ids, None, Neighbours(known.ids, **floats, prototypes=prototypes)
-        ).loss.backward()
+        objective(audio, text, torch.tensor(4.0), -2.0, ids, None, replace(known, **own)).loss.backward()
     return {"largest": allocations.largest, "peak": allocations.peak}
 
 
@@ -196,8 +192,8 @@ def test_of_more_ranks_a_rank_holds_no_more_than_their_rows(worlds, name):
         for key in ("largest", "peak")
     )
     assert set(largest.values()) == {LOCAL * LOCAL}  # of 4 ranks, the gathered rows are as many elements
-    further_rows = 2 * LOCAL * 2 * DIM * 4  # bytes, both modalities
-    assert peak[4] - peak[2] < 6 * further_rows < 2 * LOCAL * LOCAL * 4 * 4
+    further_rows = 2 * LOCAL * 2 * DIM * 8  # bytes of float64, both modalities
+    assert peak[4] - peak[2] < 6 * further_rows < 2 * LOCAL * LOCAL * 8 * 4
     assert max(peak[2], peak[4]) < 1.25 * peak[1]
 
 
