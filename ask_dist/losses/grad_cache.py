@@ -33,7 +33,7 @@ class GradCache:
             parts = [self._embed(number) for number in range(len(self._chunks))]
         columns = zip(*parts, strict=True)
         self.features = tuple(
-            (torch.cat(column) if column[0].ndim else column[0].clone()).requires_grad_() for column in columns
+            (torch.cat(column) if column[0].ndim else column[0].clone()).detach().requires_grad_() for column in columns
         )
 
     def backward(self, backward: Callable[[Tensor, bool], None]) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from ask_dist.config import AudioModel, Knowledge, Model, Optimization, TextModel
+from ask_dist.config import SIGMOID, AudioModel, BatchLoss, Knowledge, Model, Optimization, TextModel
 from ask_dist.losses.objective import AskObjective
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.text import Vocabulary
@@ -28,11 +28,12 @@ CHUNKED = (False, True)
 CHUNK = 3  # divides no local batch, so that the last chunk is smaller
 
 
-def make_model() -> DualEncoder:
+def make_model(loss: BatchLoss) -> DualEncoder:
     """Without dropout, which differs from rank to rank; with matrices that ZeRO 3 really partitions."""
     torch.manual_seed(0)
     text = TextModel(width=160, layers=1, heads=2, max_tokens=8)
     config = Model(embedding_dim=12, dropout=0.0, audio=AudioModel(width=8, mel_bins=16), text=text)
+    config = config.model_copy(update=SIGMOID if loss == "siglip" else {})
     model = build_dual_encoder(config, 8000, Vocabulary.train(WORDS, 280)).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -40,8 +41,9 @@ def make_model() -> DualEncoder:
     return model
 
 
-def optimization(stage: int, micro_batch_size: int) -> Optimization:
+def optimization(stage: int, micro_batch_size: int, loss: BatchLoss) -> Optimization:
     return Optimization(
+        loss=loss,
         zero_stage=stage,
         micro_batch_size=micro_batch_size,
         train_batch_size=GLOBAL_BATCH,
@@ -61,8 +63,8 @@ def batch(model: DualEncoder, step: int) -> tuple[Tensor, Tensor, Tensor]:
     return tones, model.text.tokenize(captions), ids
 
 
-def objective() -> AskObjective:
-    return AskObjective(Knowledge(enabled=False))
+def objective(loss: BatchLoss) -> AskObjective:
+    return AskObjective(Knowledge(enabled=False), loss=loss)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -82,7 +84,7 @@ def train(engine: Engine, until: int) -> dict[str, Any]:
         step = engine.global_step
         audio, tokens, ids = (values[rank * size :][:size] for values in batch(engine.module, step))
         features, chunks = embed(engine, (audio, tokens), engine.optimization.micro_batch_size, seed=step)
-        loss = objective()(*features, ids).loss
+        loss = objective(engine.optimization.loss)(*features, ids).loss
         everywhere = loss.detach().clone()
         dist.all_reduce(everywhere)
         losses.append(float(everywhere) / dist.get_world_size())
@@ -93,25 +95,31 @@ def train(engine: Engine, until: int) -> dict[str, Any]:
     return {"losses": losses, "gradients": observed}
 
 
-def make_engine(stage: int, chunked: bool) -> Engine:
+def make_engine(stage: int, chunked: bool, loss: BatchLoss = "info_nce") -> Engine:
     local = GLOBAL_BATCH // dist.get_world_size()
-    return Engine(make_model(), optimization(stage, CHUNK if chunked else local), STEPS, torch.device("cpu"))
+    settings = optimization(stage, CHUNK if chunked else local, loss)
+    return Engine(make_model(loss), settings, STEPS, torch.device("cpu"))
 
 
-def every_stage(rank: int) -> dict[str, Any]:
-    return {f"{stage} {chunked}": train(make_engine(stage, chunked), STEPS) for stage in STAGES for chunked in CHUNKED}
+def every_way(rank: int) -> dict[str, Any]:
+    runs = {f"{stage} {chunked}": train(make_engine(stage, chunked), STEPS) for stage in STAGES for chunked in CHUNKED}
+    return runs | {"siglip": train(make_engine(2, chunked=True, loss="siglip"), STEPS)}
 
 
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     """Of worlds of 1, 2 and 4 ranks."""
-    return run_ranks(every_stage, request.param, tmp_path_factory.mktemp("world"))
+    return run_ranks(every_way, request.param, tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
+    return plain("info_nce")
+
+
+def plain(loss_name: BatchLoss) -> dict[str, Any]:
     """The whole batch at once, in plain torch."""
-    model, settings = make_model(), optimization(0, GLOBAL_BATCH)
+    model, settings = make_model(loss_name), optimization(0, GLOBAL_BATCH, loss_name)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6
     )
@@ -120,7 +128,7 @@ def reference() -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, STEPS)
         audio, tokens, ids = batch(model, step)
-        loss = objective()(*model(audio, tokens), ids).loss
+        loss = objective(loss_name)(*model(audio, tokens), ids).loss
         loss.backward()
         if step in OBSERVED:
             observed[step] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -135,11 +143,23 @@ def reference() -> dict[str, Any]:
 @pytest.mark.parametrize(("stage", "chunked"), list(itertools.product(STAGES, CHUNKED)))
 def test_losses_and_gradients_are_those_of_the_whole_batch(ranks, reference, stage, chunked):
     for rank in ranks:
-        run = rank[f"{stage} {chunked}"]
-        assert run["losses"] == pytest.approx(reference["losses"], abs=1e-4)
-        for step in OBSERVED:
-            for name, wanted in reference["gradients"][step].items():
-                torch.testing.assert_close(run["gradients"][step][name], wanted, atol=1e-5, rtol=0, msg=name)
+        assert_equal(rank[f"{stage} {chunked}"], reference)
+
+
+def assert_equal(run: dict[str, Any], reference: dict[str, Any]) -> None:
+    assert run["losses"] == pytest.approx(reference["losses"], abs=1e-4)
+    for step in OBSERVED:
+        assert run["gradients"][step].keys() == reference["gradients"][step].keys()
+        for name, wanted in reference["gradients"][step].items():
+            torch.testing.assert_close(run["gradients"][step][name], wanted, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.multiprocess
+def test_the_sigmoid_loss_in_chunks_is_that_of_the_whole_batch(ranks):
+    reference = plain("siglip")
+    assert "logit_bias" in reference["gradients"][0]
+    for rank in ranks:
+        assert_equal(rank["siglip"], reference)
 
 
 def test_the_reference_has_gradients_to_differ_from(reference):
