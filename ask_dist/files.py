@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: the folder is missing, full or not writable; an older file is then untouched.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = aside_of(path)
     try:
         with open(aside, "wb") as file:
             file.write(content)
@@ -34,6 +35,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def aside_of(path: Path) -> Path:
+    """A hidden name beside `path` that no other thread, process or machine writes to: a process id is not enough."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
 def sync_folder(folder: Path) -> None:

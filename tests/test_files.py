@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -27,6 +28,19 @@ def test_a_failed_write_leaves_the_older_file_untouched(tmp_path):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "a.json", b"one")
+
+
+def test_writers_in_one_process_do_not_meet(tmp_path):
+    contents, together = [bytes([value]) * 200_000 for value in range(8)], threading.Barrier(8)
+
+    def write(content: bytes) -> None:
+        together.wait()
+        write_atomically(tmp_path / "a.bin", content)
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(write, contents))
+    assert (tmp_path / "a.bin").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

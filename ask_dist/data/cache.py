@@ -17,8 +17,9 @@ from fsspec.callbacks import Callback
 
 from ask_dist.config import Config
 from ask_dist.data.audio import BadSample
-from ask_dist.data.places import READ_SECONDS, filesystem, one_line
-from ask_dist.files import refusal, writing
+from ask_dist.data.places import READ_SECONDS, filesystem, may_pass, one_line
+from ask_dist.errors import InputError
+from ask_dist.files import aside_of, refusal, writing
 
 DEFAULT_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ask-dist" / "shards"
 DEFAULT_GIB = 20.0
@@ -125,11 +126,12 @@ class ShardCache:
 
         Raises:
             BadSample: all tries failed, or it can't get better; says why.
+            InputError: the scheme is not read here, or its library is not installed.
             DiskError: the disk is full or can't be written.
         """
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        aside = aside_of(path)
         pause, attempt, problem = self.pause, 0, ""
         while attempt < self.tries:
             if attempt:
@@ -143,11 +145,13 @@ class ShardCache:
                     os.replace(aside, path)
                     return
                 problem = f"{aside.stat().st_size} bytes came, whose SHA-256 is not that of sizes.json"
-            except Exception as error:  # each library has errors of its own
+            except InputError:
+                raise
+            except Exception as error:  # each library has errors of its own, and not all are OSErrors
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise refusal(path, error.errno) from None
                 problem = one_line(error)
-                if not _may_pass(error):
+                if isinstance(error, _TooLarge) or not may_pass(error):
                     break
             finally:
                 aside.unlink(missing_ok=True)
@@ -197,11 +201,3 @@ def _unlink_unless_held(path: str) -> bool:
         return False
     finally:
         os.close(descriptor)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another try can help: not against what is missing, forbidden, or too large."""
-    if isinstance(error, FileNotFoundError | PermissionError | _TooLarge | ImportError):
-        return False
-    status = getattr(error, "status", None)
-    return not isinstance(status, int) or status >= 500 or status in (408, 429)

@@ -30,16 +30,31 @@ def filesystem(url: str, read_seconds: float = READ_SECONDS) -> tuple[Any, str]:
     scheme = url.split("://", 1)[0]
     if scheme not in NEEDS:
         raise InputError(f"{url}: scheme {scheme!r} is not among {', '.join(NEEDS)}; use one of them or a local folder")
-    options: dict[str, Any] = {}
+    try:
+        return fsspec.core.url_to_fs(url, **patience(scheme, CONNECT_SECONDS, read_seconds))
+    except ImportError:
+        raise InputError(f"{url} needs {NEEDS[scheme]}: pip install {NEEDS[scheme]}, or copy the shards here") from None
+
+
+def patience(scheme: str, connect_seconds: float, read_seconds: float) -> dict[str, Any]:
+    """Options by which the file system of a scheme gives up on a server that does not answer, where it has such."""
     if scheme in ("http", "https"):
         import aiohttp
 
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=read_seconds)
-        options = {"client_kwargs": {"timeout": limits, "trust_env": True}}
-    try:
-        return fsspec.core.url_to_fs(url, **options)
-    except ImportError:
-        raise InputError(f"{url} needs {NEEDS[scheme]}: pip install {NEEDS[scheme]}, or copy the shards here") from None
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds)
+        return {"client_kwargs": {"timeout": limits, "trust_env": True}}
+    if scheme == "s3":  # who asks tries again: botocore's own tries would multiply with theirs
+        seconds = {"connect_timeout": connect_seconds, "read_timeout": read_seconds}
+        return {"config_kwargs": seconds | {"retries": {"max_attempts": 0}}}
+    return {}
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether another try can help: not against what is missing or forbidden."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    status = getattr(error, "status", None)
+    return not isinstance(status, int) or status >= 500 or status in (408, 429)
 
 
 def expand(place: str | Path) -> list[tuple[str, tuple[str, ...]]]:
@@ -75,7 +90,7 @@ def _matches(folder: str) -> list[str]:
         files, path = filesystem(folder)
         try:
             found = sorted(files.unstrip_protocol(name.rstrip("/")) for name in files.glob(path))
-        except Exception as error:  # each library has errors of its own
+        except Exception as error:  # each library has errors of its own, and not all are OSErrors
             raise InputError(f"{folder} can't be listed ({one_line(error)}): name the folders one by one") from None
     if not found:
         raise InputError(f"nothing matches {folder}: correct the pattern")

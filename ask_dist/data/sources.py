@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from ask_dist.data.audio import BadSample
+from ask_dist.data.places import may_pass, one_line, patience
 from ask_dist.data.table import URL
 from ask_dist.errors import InputError
 
@@ -52,38 +55,33 @@ class Source:
             raise BadSample(f"unreadable file: {error.strerror}") from None
 
     def _download(self, url: str) -> bytes:
-        import aiohttp
-
         for tried in range(1, self.tries + 1):
             try:
                 return self._download_once(url)
-            except FileNotFoundError:
-                raise BadSample("unreadable URL: not found") from None
-            except aiohttp.ClientResponseError as error:
-                reason = f"it answers {error.status}"
-                if error.status < 500 and error.status != 429:
+            except (BadSample, InputError):
+                raise
+            except Exception as error:  # each library has errors of its own, and not all are OSErrors
+                reason = self._reason(error)
+                if not may_pass(error):
                     raise BadSample(f"unreadable URL: {reason}") from None
-            except TimeoutError:
-                reason = f"no answer within {self.timeout:g} s"
-            except (aiohttp.ClientError, OSError) as error:
-                reason = f"{type(error).__name__} {error}".strip()
             if tried < self.tries:
                 time.sleep(self.pause * 2 ** (tried - 1))
         raise BadSample(f"unreadable URL after {self.tries} tries: {reason}")
 
-    def _download_once(self, url: str) -> bytes:
-        import aiohttp
-        import fsspec
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, FileNotFoundError):
+            return "not found"
+        if isinstance(error, TimeoutError):
+            return f"no answer within {self.timeout:g} s"
+        status = getattr(error, "status", None)
+        return f"it answers {status}" if status else f"{type(error).__name__} {one_line(error)}"
 
+    def _download_once(self, url: str) -> bytes:
         protocol = url.partition("://")[0]
-        client: dict[str, Any] = {}
-        reading: dict[str, Any] = {}
-        if protocol in ("http", "https"):
-            limit = aiohttp.ClientTimeout(total=None, sock_connect=self.timeout, sock_read=self.timeout)
-            client = {"client_kwargs": {"timeout": limit}}
-            reading = {"block_size": 0, "size": -1}  # one request, read as it comes, the size not asked for before
+        # Of a web server one request, read as it comes, the size not asked for before.
+        reading: dict[str, Any] = {"block_size": 0, "size": -1} if protocol in ("http", "https") else {}
         try:
-            filesystem, path = fsspec.url_to_fs(url, **client)
+            filesystem, path = fsspec.url_to_fs(url, **patience(protocol, self.timeout, self.timeout))
         except ImportError as error:
             raise InputError(f"{protocol}:// needs a package that is missing ({error}): install it") from None
         with filesystem.open(path, "rb", **reading) as file:

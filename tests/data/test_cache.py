@@ -5,7 +5,9 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,26 @@ def test_a_full_disk_ends_the_run_and_loses_no_shard(server: Server, shards: Sha
         with pytest.raises(DiskError, match="No space left"), cache.opened(*url_of(shards, server, 0)):
             pass
         assert files_of(cache) == []
+
+
+def test_two_downloads_of_one_shard_write_to_files_of_their_own(
+    server: Server, shards: ShardList, tmp_path: Path
+) -> None:
+    server.faults["/train-000000.tar"] = ["stall", "stall"]
+    cache = ShardCache(tmp_path / "cache", pause=0.01)
+
+    def fetch() -> str:
+        with cache.opened(*url_of(shards, server, 0)) as path:
+            return file_sha256(path)
+
+    with ThreadPoolExecutor(2) as executor:
+        downloads = [executor.submit(fetch), executor.submit(fetch)]
+        while len(list(cache.folder.glob(".*.partial"))) < 2:
+            assert not any(download.done() for download in downloads)
+            time.sleep(0.01)
+        server.released.set()
+        assert [download.result() for download in downloads] == [shards.sha256[0]] * 2
+    assert files_of(cache) == [cache.place(*url_of(shards, server, 0))]
 
 
 READER = """

@@ -1,0 +1,164 @@
+"""Shards and recordings in an object store, against a real S3 server on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ask_dist.data.audio import BadSample
+from ask_dist.data.cache import ShardCache
+from ask_dist.data.loader import Batch, TrainLoader
+from ask_dist.data.places import expand
+from ask_dist.data.shards import ShardList
+from ask_dist.data.sources import Source
+from ask_dist.errors import InputError
+from tests.data.bucket import Bucket, serving_bucket
+from tests.end_to_end.command import ask_dist
+
+
+@pytest.fixture
+def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    name = request.node.name.replace("_", "-")[:60].strip("-")  # moto's buckets outlive a server
+    with serving_bucket(name, monkeypatch) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    return ShardCache(tmp_path / "cache", tries=2, pause=0.01)
+
+
+def epoch(shards: ShardList, quarantine: Path | None = None) -> tuple[list[Batch], TrainLoader]:
+    loader = TrainLoader(
+        shards,
+        rank=0,
+        world_size=1,
+        micro_batch_size=16,
+        seed=3,
+        sample_rate=8000,
+        clip_seconds=0.05,
+        max_bad_share=0.5,
+        quarantine=quarantine,
+    )
+    return list(itertools.islice(loader.batches(), loader.steps_per_epoch)), loader
+
+
+def test_a_pattern_in_a_bucket_gives_the_batches_of_the_folder(
+    bucket: Bucket, cache: ShardCache, corpus: Path, shards: ShardList
+) -> None:
+    bucket.put(corpus, "corpora/noise/train")
+    place = f"{bucket.url}/corpora/n*/train"
+    assert [folder for folder, _ in expand(place)] == [f"{bucket.url}/corpora/noise/train"]
+    remote = ShardList.load(place, cache=cache)
+    assert (remote.counts, remote.fingerprint) == (shards.counts, shards.fingerprint)
+    chosen = ShardList.load(f"{bucket.url}/corpora/noise/train/train-00000{{1..3}}.tar", cache=cache)
+    assert chosen.names == shards.names[1:4]
+    wanted, _ = epoch(shards)
+    got, loader = epoch(remote)
+    assert loader.bad.records == []
+    bucket.stop()  # all of it is in the cache now
+    again, loader = epoch(remote)
+    assert loader.bad.records == []
+    for batches in (got, again):
+        for batch, other in zip(batches, wanted, strict=True):
+            assert (batch.keys, batch.captions) == (other.keys, other.captions)
+            assert torch.equal(batch.audio, other.audio)
+
+
+def test_objects_that_cannot_be_had_are_skipped_and_named(
+    bucket: Bucket, cache: ShardCache, corpus: Path, tmp_path: Path
+) -> None:
+    bucket.put(corpus, "train")
+    remote = ShardList.load(f"{bucket.url}/train", cache=cache)
+    bucket.remove("train/train-000001.tar")
+    bucket.write("train/train-000002.tar", b"something else")
+    bucket.forbid("train/train-000003.tar")
+    batches, loader = epoch(remote, tmp_path / "quarantine.jsonl")
+    assert len(batches) == loader.steps_per_epoch
+    assert (sum(int(batch.valid.sum()) for batch in batches), loader.bad.count) == (73, 30)
+    records = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    reasons = {record["shard"]: record["reason"] for record in records}
+    assert sorted(reasons) == [f"train-00000{number}.tar" for number in (1, 2, 3)]
+    assert "after 1 try: The specified key does not exist" in reasons["train-000001.tar"]
+    assert "after 2 tries: 14 bytes came, whose SHA-256 is not" in reasons["train-000002.tar"]
+    assert "after 1 try: Forbidden" in reasons["train-000003.tar"]
+
+
+def test_a_bucket_that_cannot_be_read_is_one_line(bucket: Bucket, cache: ShardCache, corpus: Path) -> None:
+    bucket.put(corpus, "train")
+
+    def refused(place: str, reason: str) -> None:
+        with pytest.raises(InputError, match=reason) as caught:
+            ShardList.load(place, cache=cache)
+        assert "\n" not in str(caught.value)
+
+    refused(f"{bucket.url}/test", r"test/sizes\.json can't be had after 1 try: .*key does not exist.*correct the URL")
+    refused("s3://no-such-bucket/train", "can't be had after 1 try: .*bucket does not exist")
+    refused("s3://no-such-bucket/t*", "can't be listed .*bucket does not exist.*name the folders one by one")
+    bucket.forbid("train/sizes.json")
+    refused(f"{bucket.url}/train", "can't be had after 1 try: Forbidden")
+    bucket.stop()
+    refused(f"{bucket.url}/train", "can't be had after 2 tries: Could not connect to the endpoint")
+    refused(f"{bucket.url}/tr*", "can't be listed .Could not connect to the endpoint")
+
+
+def test_credentials_come_from_the_environment_alone(
+    bucket: Bucket, cache: ShardCache, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put(corpus, "train")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    bucket.forget()
+    with pytest.raises(InputError, match="can't be had after 2 tries: Unable to locate credentials"):
+        ShardList.load(f"{bucket.url}/train", cache=cache)
+
+
+def test_a_source_names_what_a_bucket_refuses(bucket: Bucket, tmp_path: Path) -> None:
+    source = Source(tmp_path, tries=2, pause=0.01)
+    bucket.write("a.wav", b"sound")
+    bucket.write("secret.wav", b"sound")
+    bucket.forbid("secret.wav")
+    assert source.read(f"{bucket.url}/a.wav") == b"sound"
+
+    def refused(name: str, reason: str) -> None:
+        with pytest.raises(BadSample, match=reason):
+            source.read(f"{bucket.url}/{name}")
+
+    refused("gone.wav", "^unreadable URL: not found")
+    refused("secret.wav", "^unreadable URL: PermissionError Forbidden")
+    bucket.stop()
+    refused("a.wav", "^unreadable URL after 2 tries: EndpointConnectionError Could not connect")
+
+
+def test_recordings_in_a_bucket_are_packed_and_a_store_that_is_away_ends_no_pack(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    time = np.arange(8000) / 16000
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", 0.4 * np.sin(2 * np.pi * 220 * (number + 1) * time), 16000)
+        bucket.write(f"{number}.wav", (tmp_path / f"{number}.wav").read_bytes())
+    rows = [f"{bucket.url}/{name},a tone" for name in ("0.wav", "1.wav", "2.wav", "gone.wav")]
+    away = "s3://nobody/x.wav,a tone"
+    (tmp_path / "t.csv").write_text("\n".join(["audio,caption", *rows, away]) + "\n")
+    options = ("--processes", "1", "--tries", "1")
+    done = ask_dist("pack", tmp_path / "t.csv", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "3 clips" in done.stdout
+    records = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert [(record["line"], record["reason"]) for record in records] == [
+        (5, "unreadable URL: not found"),
+        (6, "unreadable URL: not found"),
+    ]
+    bucket.stop()
+    done = ask_dist("pack", tmp_path / "t.csv", tmp_path / "other", *options)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "all 5 audio files" in done.stderr
+    assert "EndpointConnectionError" in done.stderr
