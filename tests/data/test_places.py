@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.registry import _registry
 
 from ask_dist.data.places import expand, filesystem
 from ask_dist.data.shards import ShardList
@@ -72,5 +73,6 @@ def test_an_object_store_without_its_library_says_what_to_install(
     url: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)  # as where it is not installed
+    monkeypatch.delitem(_registry, url.split(":")[0], raising=False)  # nor was before
     with pytest.raises(InputError, match=f"needs {library}: pip install {library}"):
         filesystem(url)

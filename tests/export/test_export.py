@@ -146,7 +146,7 @@ def check_graphs(run: Path, folder: Path, rate: int) -> None:
     np.testing.assert_allclose(read, text, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["conv", "ast", "whisper", "yamnet"])
+@pytest.mark.parametrize("kind", ["conv", "ast", "whisper", "yamnet", "cnn14"])
 def test_onnx_gives_the_same_embeddings(kind, tmp_path, console):
     rate, model = towers(kind, tmp_path)
     run = finished(tmp_path / "run", rate, model)
