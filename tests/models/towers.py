@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
 from ask_dist.models.cnn14 import Cnn14Encoder
 
@@ -110,7 +111,13 @@ def save_whisper(folder: Path) -> Path:
 def save_cnn14(path: Path) -> Path:
     """A checkpoint as PANNs publishes them: the front end's constants and the classifier stand beside the network."""
     torch.manual_seed(0)
-    weights = Cnn14Encoder().state_dict()
+    network = Cnn14Encoder()
+    for layer in network.modules():  # wide enough for a signal to pass all layers, or all clips would sound alike
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+    network.bn0.running_mean.fill_(-30.0)  # of real decibels
+    network.bn0.running_var.fill_(400.0)
+    weights = network.state_dict()
     extra = {
         "spectrogram_extractor.stft.conv_real.weight": torch.zeros(513, 1, 1024),
         "logmel_extractor.melW": torch.zeros(513, 64),
