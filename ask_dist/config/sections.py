@@ -71,7 +71,9 @@ class Data(Section):
     max_bad_share: Share = Field(0.01, description="share of unreadable samples above which the run stops")
     max_clip_seconds: Positive = Field(600.0, description="longer audio is not decoded and counts as unreadable")
     cache_dir: Path | None = Field(None, description="of shards behind URLs; null: ~/.cache/ask-dist/shards")
-    cache_gib: Positive = Field(20.0, description="size of that folder, beyond the shards that are being read")
+    cache_gib: Positive = Field(
+        20.0, description="size of that folder and of the cached vectors, each beyond what is in use"
+    )
     audit: bool = Field(False, description="write what each step trained on into the run's audit.jsonl")
     cache_embeddings: bool = Field(False, description="vectors of frozen towers are computed once and kept on disk")
 

@@ -1,18 +1,22 @@
 """Vectors of frozen towers, computed once a shard and kept on disk: a step then decodes nothing and runs no such tower.
 
-They lie in `.embeddings/` beside the run's folder, which all workers share: a folder a tower, a file a shard.
+They lie in `.embeddings/` beside the run's folder, which all workers share: a folder a tower, a file a shard. Where
+they are more than `data.cache_gib` in all, towers that no run uses are removed, those used longest ago first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,13 +34,14 @@ from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.samples import Raw, open_clip, open_description, read_clips, read_shard
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
-from ask_dist.files import write_atomically, writing
+from ask_dist.files import aside_of, write_atomically, writing
 from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.models.frozen import encoder_digest
 
 # Raise it when the same towers and clips come to give other vectors, for example by another front end.
 VERSION = 1
 FOLDER = ".embeddings"
+LOCK = "in-use"  # in a tower's folder, locked by the runs that use it
 log = logging.getLogger(__name__)
 
 # Of a shard: ids and vectors of what could be encoded, and the reason by key of what could not.
@@ -46,11 +51,16 @@ Encoded = tuple[list[int], list[Tensor], dict[str, str]]
 class Vectors:
     """One tower's vectors by id, out of the files of `cached_embeddings`; they are mapped, not read into memory.
 
+    Args:
+        files: one a shard.
+        lock: what keeps them from being removed as long as these vectors live.
+
     Attributes:
         bad: reasons by key, of clips that could not be encoded.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], lock: IO[bytes]) -> None:
+        self._lock = lock
         parts = [_load(path) for path in files]
         self._parts = [vectors for _, vectors, _ in parts]
         self.bad = {key: reason for _, _, bad in parts for key, reason in bad.items()}
@@ -114,10 +124,11 @@ def cached_embeddings(
         InputError: a shard is not what was packed, or a clip of a frozen audio tower is longer than data.clip_seconds.
         DiskError: the disk is full or can't be written.
     """
-    found = {}
+    found, root = {}, config.run_dir.parent / FOLDER
     for name in ("audio", "text"):
         if getattr(config.model, name).freeze:
-            folder = config.run_dir.parent / FOLDER / _digest(config, model, name)
+            folder = root / _digest(config, model, name)
+            lock = _hold(folder)
             files = [folder / f"{digest}.safetensors" for digest in shards.sha256]
             for shard in range(rank, len(files), world_size):
                 if not _readable(files[shard]):
@@ -126,7 +137,9 @@ def cached_embeddings(
                     _save(files[shard], encode(_whole(shards, shard), config, model))
             if world_size > 1:
                 dist.barrier()
-            found[name] = Vectors(files)
+            found[name] = Vectors(files, lock)
+    if rank == 0:
+        _evict(root, config.data.cache_gib)
     return Embeddings(**found)
 
 
@@ -155,6 +168,44 @@ def _digest(config: Config, model: DualEncoder, name: str) -> str:
         settings |= {"clip": [data.sample_rate, data.clip_seconds, data.max_clip_seconds]}
     more = json.dumps(settings, sort_keys=True).encode()
     return encoder_digest(tower, more, *tower.assets().values())[:24]
+
+
+def _hold(folder: Path) -> IO[bytes]:
+    """A lock on a tower's folder, made where it is missing: it is not removed until the file is closed."""
+    while True:
+        with writing(folder), suppress(FileNotFoundError):  # removed before it was locked
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / LOCK, "ab")  # noqa: SIM115  (held for the length of the run)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
+                os.utime(folder)
+                return lock
+
+
+def _evict(root: Path, gib: float) -> None:
+    """Removes towers' folders that no run uses, those used longest ago first, until the others fit into the limit."""
+    folders = []
+    for folder in root.glob("[!.]*/"):
+        with suppress(FileNotFoundError):  # another run was quicker
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            folders.append((folder.stat().st_mtime, size, folder))
+    excess = sum(size for _, size, _ in folders) - gib * 2**30
+    for _, size, folder in sorted(folders):
+        if excess > 0 and _removed(folder):
+            log.info("removed %s: the cached vectors are more than data.cache_gib=%g", folder, gib)
+            excess -= size
+
+
+def _removed(folder: Path) -> bool:
+    """Removes a tower's folder unless a run holds it."""
+    with suppress(FileNotFoundError), open(folder / LOCK, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        aside = folder.rename(aside_of(folder))  # whoever comes now makes a new one
+        shutil.rmtree(aside)
+    return True
 
 
 def _whole(shards: ShardList, shard: int) -> Iterator[Raw]:

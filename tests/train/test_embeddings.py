@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,42 @@ def test_other_weights_have_other_vectors(config):
     one, other = (cached_embeddings(config, make_model(config, seed), shards) for seed in (0, 1))
     assert not torch.allclose(one.audio.rows(ids), other.audio.rows(ids))
     assert len(list((config.run_dir.parent / FOLDER).iterdir())) == 4
+
+
+def test_towers_that_no_run_uses_make_room_the_oldest_first(tmp_path, config):
+    config = configured(tmp_path, text={"width": 32, "heads": 2})  # one frozen tower: a folder a seed
+    shards, folder = ShardList.load(config.data.train), config.run_dir.parent / FOLDER
+
+    def encode(seed: int, gib: float) -> Embeddings:
+        data = config.data.model_copy(update={"cache_gib": gib})
+        return cached_embeddings(config.model_copy(update={"data": data}), make_model(config, seed), shards)
+
+    def there() -> set[Path]:
+        return set(folder.iterdir())
+
+    held = encode(0, gib=1.0)
+    (zero,) = there()
+    size = sum(file.stat().st_size for file in zero.iterdir()) / 2**30
+    encode(1, gib=1.0)  # no run uses this one any more
+    (one,) = there() - {zero}
+    encode(2, gib=1.0)
+    (two,) = there() - {zero, one}
+    os.utime(zero, (0, 0))
+    os.utime(one, (1, 1))
+    encode(3, gib=3.5 * size)
+    assert one not in there()  # the oldest but one, which is in use
+    assert len(there()) == 3
+    assert {zero, two} < there()
+    encode(2, gib=1.0)  # used again
+    encode(4, gib=2.5 * size)
+    assert len(there()) == 2
+    assert zero in there()
+    ids = batches(shards, Embeddings(), make_model(config), 1)[0].ids.numpy()
+    assert held.audio.rows(ids).any()
+    del held
+    encode(5, gib=0.5 * size)
+    assert len(there()) == 1  # its own
+    assert zero not in there()
 
 
 def test_a_clip_that_cannot_be_decoded_is_the_same_bad_sample(tmp_path, config):
