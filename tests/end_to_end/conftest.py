@@ -1,7 +1,14 @@
-"""A corpus of tones that a small model learns within seconds, and a configuration for it."""
+"""A corpus of tones that a small model learns within seconds, a configuration for it, and a cluster for jobs."""
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +22,19 @@ from ask_dist.data.shards import Clip
 RATE, SECONDS = 16000, 1.0
 PITCHES = {"very low": 150.0, "low": 300.0, "middle": 600.0, "high": 1200.0, "very high": 2400.0}
 SHAPES = ("steady", "rising", "pulsing", "fading")
+WAIT = """
+import os, time, urllib.request
+request = urllib.request.Request(
+    os.environ["RAY_API_SERVER_ADDRESS"] + "/api/version",
+    headers={"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]},
+)
+for _ in range(80):
+    try:
+        urllib.request.urlopen(request, timeout=2)
+        break
+    except OSError:
+        time.sleep(1)
+"""
 
 
 def tone(pitch: float, shape: str, rng: np.random.Generator) -> np.ndarray:
@@ -73,3 +93,46 @@ def config_file(tones: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tones.yaml"
     path.write_text(yaml.safe_dump(configuration(tones, tmp_path / "runs")))
     return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node on loopback, on ports of its own; yields the environment of its clients."""
+    dashboard = free_port()
+    temp = tmp_path_factory.mktemp("r")
+    env = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    env.pop("RAY_ADDRESS", None)
+    head = subprocess.Popen(
+        [
+            *(
+                str(Path(sys.executable).with_name("ray")),
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=2",
+                "--node-ip-address=127.0.0.1",
+            ),
+            *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}"),
+            f"--dashboard-agent-listen-port={free_port()}",  # the default belongs to whatever Ray runs here already
+        ],
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        subprocess.run([sys.executable, "-c", WAIT], env=env, check=True, timeout=90)
+        yield env
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)  # SIGTERM would take half a minute
+        head.wait(timeout=60)
