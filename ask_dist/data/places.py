@@ -31,22 +31,27 @@ def filesystem(url: str, read_seconds: float = READ_SECONDS) -> tuple[Any, str]:
     if scheme not in NEEDS:
         raise InputError(f"{url}: scheme {scheme!r} is not among {', '.join(NEEDS)}; use one of them or a local folder")
     try:
-        return fsspec.core.url_to_fs(url, **patience(scheme, CONNECT_SECONDS, read_seconds))
+        return reach(url, CONNECT_SECONDS, read_seconds)
     except ImportError:
         raise InputError(f"{url} needs {NEEDS[scheme]}: pip install {NEEDS[scheme]}, or copy the shards here") from None
 
 
-def patience(scheme: str, connect_seconds: float, read_seconds: float) -> dict[str, Any]:
-    """Options by which the file system of a scheme gives up on a server that does not answer, where it has such."""
+def reach(url: str, connect_seconds: float, read_seconds: float) -> tuple[Any, str]:
+    """As `filesystem`, of any scheme; gives up on a server that is silent for so long. Raises ImportError."""
+    options: dict[str, Any] = {}
+    scheme = url.split("://", 1)[0]
     if scheme in ("http", "https"):
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds)
-        return {"client_kwargs": {"timeout": limits, "trust_env": True}}
-    if scheme == "s3":  # who asks tries again: botocore's own tries would multiply with theirs
+        options = {"client_kwargs": {"timeout": limits, "trust_env": True}}
+    elif scheme == "s3":
         seconds = {"connect_timeout": connect_seconds, "read_timeout": read_seconds}
-        return {"config_kwargs": seconds | {"retries": {"max_attempts": 0}}}
-    return {}
+        options = {"config_kwargs": seconds | {"retries": {"max_attempts": 0}}}
+    files, path = fsspec.core.url_to_fs(url, **options)
+    if scheme == "s3":
+        files.retries = 1  # who asks tries again: s3fs' five tries, and botocore's, would multiply with theirs
+    return files, path
 
 
 def may_pass(error: Exception) -> bool:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from ask_dist.data.audio import BadSample
-from ask_dist.data.places import may_pass, one_line, patience
+from ask_dist.data.places import may_pass, one_line, reach
 from ask_dist.data.table import URL
 from ask_dist.errors import InputError
 
@@ -81,7 +79,7 @@ class Source:
         # Of a web server one request, read as it comes, the size not asked for before.
         reading: dict[str, Any] = {"block_size": 0, "size": -1} if protocol in ("http", "https") else {}
         try:
-            filesystem, path = fsspec.url_to_fs(url, **patience(protocol, self.timeout, self.timeout))
+            filesystem, path = reach(url, self.timeout, self.timeout)
         except ImportError as error:
             raise InputError(f"{protocol}:// needs a package that is missing ({error}): install it") from None
         with filesystem.open(path, "rb", **reading) as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,27 @@ def test_a_source_names_what_a_bucket_refuses(bucket: Bucket, tmp_path: Path) ->
     refused("secret.wav", "^unreadable URL: PermissionError Forbidden")
     bucket.stop()
     refused("a.wav", "^unreadable URL after 2 tries: EndpointConnectionError Could not connect")
+
+
+def test_a_store_that_is_silent_is_waited_for_as_long_as_asked(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and says nothing
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        bucket.forget()
+        source = Source(tmp_path, timeout=0.3, tries=2, pause=0.01)
+        with pytest.raises(BadSample, match="unreadable URL after 2 tries: ReadTimeoutError"):
+            source.read(f"{bucket.url}/a.wav")
+        silent.setblocking(False)
+        assert len(list(iter(lambda: accepted(silent), None))) == 2
+
+
+def accepted(server: socket.socket) -> socket.socket | None:
+    """A connection that waits, or None."""
+    try:
+        return server.accept()[0]
+    except BlockingIOError:
+        return None
 
 
 def test_recordings_in_a_bucket_are_packed_and_a_store_that_is_away_ends_no_pack(

@@ -23,7 +23,8 @@ from tests.test_readme import blocks, commands
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-PAGES = PAGE, _ = ROOT / "docs" / "training.md", ROOT / "docs" / "encoders.md"
+PAGE, OTHER = ROOT / "docs" / "training.md", ROOT / "docs" / "encoders.md"
+PAGES = (PAGE, OTHER)
 HEADING = "## From CLAP and WavCaps to a model of your own"
 RATE = 8000
 # What a ClapModel of 12 dimensions that hears two seconds at 8 kHz needs, and a run of a few steps.
