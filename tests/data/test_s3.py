@@ -41,7 +41,7 @@ def epoch(shards: ShardList, quarantine: Path | None = None) -> tuple[list[Batch
         shards,
         rank=0,
         world_size=1,
-        micro_batch_size=16,
+        local_batch_size=16,
         seed=3,
         sample_rate=8000,
         clip_seconds=0.05,

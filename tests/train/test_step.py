@@ -80,7 +80,7 @@ def make_state(rank: int, folder: Path) -> TrainState:
             shards["train"],
             rank=rank,
             world_size=2,
-            micro_batch_size=BATCH,
+            local_batch_size=BATCH,
             seed=5,
             sample_rate=RATE,
             clip_seconds=SECONDS,
