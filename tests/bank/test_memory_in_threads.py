@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from ask_dist.bank import inverted
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit
 
@@ -47,21 +48,26 @@ def directions(ids: np.ndarray, generation: int) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def swaps(kind: str, generations: int, rows: int) -> KnowledgeBank:
-    """Write every row anew in each generation while 16 threads search, each of whose answers must be of one."""
+def swaps(kind: str, generations: int, rows: int) -> tuple[KnowledgeBank, int]:
+    """Write every row anew in each generation while 16 threads search, each of whose answers must be of one.
+
+    Returns:
+        The bank, and how often index files were swapped.
+    """
     bank = KnowledgeBank(2, rows, "float32", index=kind, inverted_from=rows, recall=0.5)
     ids = np.arange(rows)
     bank.upsert(ids, directions(ids, 0), -directions(ids, 0), None, step=0)
     bank.maintain()
-    done = threading.Event()
+    done, swapped = threading.Event(), 0
 
     def commit() -> None:
+        nonlocal swapped
         try:
             for generation in range(1, generations + 1):
                 values = directions(ids, generation)
                 versions = np.full(rows, generation)
                 assert bank.commit(Commit(ids, values, -values, versions, frame=generation)).applied == rows
-                bank.maintain()
+                swapped += bank.maintain()
         finally:
             done.set()
 
@@ -80,18 +86,28 @@ def swaps(kind: str, generations: int, rows: int) -> KnowledgeBank:
 
     assert run_all([commit, *(lambda first=first: search(first) for first in range(16))]) == []
     assert bank.metrics()["bank/generation"] == generations
-    return bank
+    return bank, swapped
 
 
 def test_no_answer_mixes_two_of_a_thousand_generations():
-    bank = swaps("flat", generations=1000, rows=64)
+    bank, _ = swaps("flat", generations=1000, rows=64)
     assert bank.metrics()["bank/searches"] > 1000
 
 
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
 def test_no_answer_mixes_generations_while_rows_move_and_files_are_swapped(kind):
-    bank = swaps(kind, generations=50, rows=300)
+    bank, swapped = swaps(kind, generations=50, rows=300)
     assert bank.metrics()["bank/inverted_rows"] == 300
+    assert swapped == (0 if kind == "ivf_flat" else 50)  # the one moves its rows, the other can't
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
+def test_no_answer_mixes_generations_while_a_thousand_files_are_swapped(kind, monkeypatch):
+    monkeypatch.setattr(inverted, "MOVED_AT_ONCE", 0)  # so that no file can follow what is written
+    bank, swapped = swaps(kind, generations=1000, rows=300)
+    assert (swapped, bank.metrics()["bank/inverted_rows"]) == (1000, 300)
+    assert bank.metrics()["bank/searches"] > 1000
 
 
 @KINDS
