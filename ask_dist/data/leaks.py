@@ -1,15 +1,17 @@
-"""Keeping what is held out for testing away from training and from banks, by key and by sound."""
+"""Keeping what is held out for testing away from training and from banks: by key, by sound, and captions alone."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ask_dist.data.audio import BadSample
 from ask_dist.data.quarantine import Record
-from ask_dist.data.samples import Raw, read_clips, read_heads
+from ask_dist.data.samples import Raw, describe, read_clips, read_heads
 from ask_dist.data.shards import ShardList, stable_id
 
 LEAK = "held out"  # how the reason begins for which a clip was refused
@@ -23,26 +25,33 @@ class HeldOut:
     Attributes:
         keys: their keys, each with the name of its split.
         sounds: `sound_digest` of each, with split and key.
+        captions: `words` of each of their captions, with split and key.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
     sounds: Mapping[bytes, str] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, splits: Mapping[str, ShardList]) -> HeldOut:
         """Reads all shards of the splits but `train`, undecoded; what can't be read is passed over."""
         keys: dict[str, str] = {}
         sounds: dict[bytes, str] = {}
+        captions: dict[str, str] = {}
         for split, shards in splits.items():
             if split == "train":
                 continue
             for shard, count in enumerate(shards.counts):
                 for raw in read_clips(shards, shard, 0, count):
-                    if raw.key:
-                        keys[raw.key] = split
-                        if raw.has_sound:
-                            sounds[sound_digest(raw.sound)] = f"{split} as {raw.key}"
-        return cls(keys, sounds)
+                    if not raw.key:
+                        continue
+                    keys[raw.key] = split
+                    if raw.has_sound:
+                        sounds[sound_digest(raw.sound)] = f"{split} as {raw.key}"
+                    with suppress(BadSample, KeyError):
+                        told = describe(raw.members["json"])["captions"]
+                        captions |= {words(caption): f"{split} as {raw.key}" for caption in told}
+        return cls(keys, sounds, captions)
 
     def refuse(self, raw: Raw) -> None:
         """Raises BadSample for a clip that has the key or the sound of one that is held out."""
@@ -52,6 +61,15 @@ class HeldOut:
             found = self.sounds.get(sound_digest(raw.sound))
             if found is not None:
                 raise BadSample(f"{LEAK}: the same sound is in {found}")
+
+    def refuse_caption(self, caption: str) -> None:
+        """Raises BadSample for a caption without audio that reads as one that is held out.
+
+        Beside a sound of its own it is no leak: people say the same of many sounds, and training clips have it too.
+        """
+        found = self.captions.get(words(caption))
+        if found is not None:
+            raise BadSample(f"{LEAK}: the same caption is in {found}")
 
 
 def audit(shards: ShardList, held_out: HeldOut) -> list[Record]:
@@ -72,6 +90,11 @@ def audit(shards: ShardList, held_out: HeldOut) -> list[Record]:
                     reasons.append(str(error))
                 records += [{"shard": label, "key": key, "reason": reason} for reason in reasons]
     return records
+
+
+def words(caption: str) -> str:
+    """A caption's words: captions that differ in case, punctuation or spaces alone have the same."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold())) or caption
 
 
 def sound_digest(data: bytes) -> bytes:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from ask_dist.data.audio import BadSample, fit_length
 from ask_dist.data.lanes import Cut, LaneReader, Part
-from ask_dist.data.leaks import HeldOut
+from ask_dist.data.leaks import HeldOut, sound_digest
 from ask_dist.data.order import Order, lanes_of
 from ask_dist.data.prefetch import prefetched
 from ask_dist.data.quarantine import BadSamples, Record
@@ -67,6 +67,7 @@ class EvalBatch:
         captions: n lists of one or more.
         classes: n lists, which may be empty.
         shards: n names of tar files.
+        sounds: n of `leaks.sound_digest`.
     """
 
     ids: torch.Tensor
@@ -75,6 +76,7 @@ class EvalBatch:
     captions: list[list[str]]
     classes: list[list[str]]
     shards: list[str]
+    sounds: list[bytes]
 
 
 class TrainLoader:
@@ -293,6 +295,7 @@ class EvalLoader:
                 captions=[description["captions"] for description in descriptions],
                 classes=[description.get("classes", []) for description in descriptions],
                 shards=[raw.shard for raw in raws],
+                sounds=[sound_digest(raw.sound) for raw in raws],
             )
 
     def _clips(self) -> Iterator[tuple[Raw, torch.Tensor, dict[str, Any]]]:

@@ -22,6 +22,8 @@ from ask_dist.evaluate.retrieval import bootstrap_interval, ranks
 from ask_dist.evaluate.search import IndexedClip, SearchIndex
 from ask_dist.models.dual_encoder import DualEncoder
 
+TEXTS = 64  # captions encoded at a time, where there is no audio
+
 
 @dataclass
 class Encoded:
@@ -30,7 +32,7 @@ class Encoded:
     Attributes:
         audio_features: float32 [clips, dim]; text_features: float32 [texts, dim], unit rows on the CPU.
         owner: int64 [texts], the clip of each text.
-        keys, captions, classes, shards: by clip.
+        keys, captions, classes, shards, sounds (of `leaks.sound_digest`): by clip.
         bad: records of the samples that were skipped.
     """
 
@@ -41,6 +43,7 @@ class Encoded:
     captions: list[list[str]]
     classes: list[list[str]]
     shards: list[str]
+    sounds: list[bytes]
     bad: list[dict[str, str]]
 
 
@@ -80,7 +83,7 @@ def encode(
     )
     dim = config.model.embedding_dim
     audio, text, counts = [torch.zeros(0, dim)], [torch.zeros(0, dim)], [0]
-    encoded = Encoded(torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [], [])
+    encoded = Encoded(torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [], [], [])
     for batch in loader.batches():
         audio.append(model.encode_audio(batch.audio.to(device)).cpu())
         flat = [caption for captions in batch.captions for caption in captions]
@@ -90,6 +93,7 @@ def encode(
         encoded.captions += batch.captions
         encoded.classes += batch.classes
         encoded.shards += batch.shards
+        encoded.sounds += batch.sounds
     encoded.audio_features, encoded.text_features = torch.cat(audio), torch.cat(text)
     encoded.owner = torch.repeat_interleave(
         torch.arange(len(encoded.keys)), torch.tensor(counts[1:], dtype=torch.int64)
@@ -104,6 +108,25 @@ def paired_rows(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ids = np.array([stable_id(key) for key in encoded.keys], np.int64)
     sums = torch.zeros_like(encoded.audio_features).index_add_(0, encoded.owner, encoded.text_features)
     return ids, encoded.audio_features.numpy(), unit_rows(sums.numpy())
+
+
+@torch.no_grad()
+def caption_rows(model: DualEncoder, captions: Sequence[str], dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A row of width `dim` a caption, as `paired_rows`, with zeros for audio; the model's mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = np.array([stable_id(caption_key(caption)) for caption in captions], np.int64)
+    batches = [captions[at : at + TEXTS] for at in range(0, len(captions), TEXTS)]
+    rows = [model.encode_text(model.text.tokenize(list(batch)).to(device)).cpu() for batch in batches]
+    model.train(was_training)
+    text = torch.cat([torch.zeros(0, dim), *rows]).numpy()
+    return ids, np.zeros_like(text), text
+
+
+def caption_key(caption: str) -> str:
+    """What a caption without audio is called where a clip has its key: equal captions are one."""
+    return f"caption:{caption}"
 
 
 def gather_encoded(part: Encoded) -> Encoded:

@@ -6,10 +6,11 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,13 +20,15 @@ from ask_dist.bank import store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Modality
 from ask_dist.config import Config
+from ask_dist.data.audio import BadSample
 from ask_dist.data.cache import cache_of
-from ask_dist.data.leaks import HeldOut
+from ask_dist.data.leaks import LEAK, HeldOut
 from ask_dist.data.places import is_url
+from ask_dist.data.quarantine import QUARANTINE, Record, write_quarantine
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.data.table import read_captions
 from ask_dist.errors import InputError
-from ask_dist.evaluate.encode import encode, paired_rows
+from ask_dist.evaluate.encode import caption_key, caption_rows, encode, paired_rows
 from ask_dist.evaluate.run import embed_query
 from ask_dist.files import write_atomically, writing
 from ask_dist.models.dual_encoder import DualEncoder
@@ -33,25 +36,33 @@ from ask_dist.models.saved import digest, load_model
 
 CLIPS = "clips.jsonl"
 PART = 1000  # clips encoded between two looks at the progress bar
-TEXTS = 64  # captions encoded at a time
-Part = tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list["BankedClip"]]  # ids, audio and text; what the rows are
+# Ids, audio and text; what the rows are; what was left out.
+Part = tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list["BankedClip"], list[Record]]
 
 
 class BankedClip(BaseModel):
-    """A row of a bank folder, for people: its id in the bank, and the clip that it stands for."""
+    """A row of a bank folder: its id in the bank, the clip that it stands for, and the digest of its sound in hex,
+    which is empty for a caption alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     id: int
     key: str
-    captions: tuple[str, ...]
+    captions: Annotated[tuple[str, ...], Field(min_length=1)]
     shard: str
+    sound: str = ""
+
+    @property
+    def is_caption(self) -> bool:
+        """Whether it is a caption without audio."""
+        return self.key == caption_key(self.captions[0])
 
 
 def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
-    Clips of the run's validation and test splits are left out, by their keys and by their sounds.
+    Clips of the run's validation and test splits are left out, by their keys and by their sounds; of captions alone
+    those that read as one of theirs. `quarantine.jsonl` in the folder names what was left out.
 
     Args:
         run_dir: a finished run.
@@ -68,29 +79,64 @@ def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> 
     """
     config, model = load_model(run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if not is_url(corpus) and Path(corpus).is_file():
-        texts = read_captions(Path(corpus))
-        size, parts = len(texts), _caption_parts(model, texts, Path(corpus).name)
+    found, held_out = load_corpus(corpus, config), _held_out(config, console)
+    if isinstance(found, list):
+        size, parts = len(found), _caption_parts(model, found, Path(corpus).name, config, held_out)
     else:
-        shards = ShardList.load(corpus, cache=cache_of(config))
-        size, parts = shards.clips, _clip_parts(model, shards, config, _held_out(config, console))
+        size, parts = found.clips, _clip_parts(model, found, config, held_out)
     bank = KnowledgeBank(config.model.embedding_dim, size)
     clips: dict[int, BankedClip] = {}
+    left_out: list[Record] = []
     with _bar(console) as bar:
-        for rows, told in bar.track(parts, total=max(1, size // PART), description=f"encoding {corpus}"):
+        for rows, told, bad in bar.track(parts, total=max(1, size // PART), description=f"encoding {corpus}"):
             bank.upsert(*rows, None, step=0)
             clips |= {clip.id: clip for clip in told}
+            left_out += bad
     place = corpus if is_url(corpus) else Path(corpus).resolve()
     with writing(folder):
         source = f"{place} by {run_dir.resolve()}"
         path = store.save(folder, bank.state(), source=source, weights=digest(run_dir))
         # With those of the snapshot before, which may be fallen back on; what is damaged is written anew.
         with contextlib.suppress(InputError):
-            clips = _clips(folder) | clips
+            clips = banked_clips(folder) | clips
         lines = (json.dumps(clip.model_dump()) + "\n" for clip in clips.values())
         write_atomically(folder / CLIPS, "".join(lines).encode())
-    console.print(f"{len(bank)} rows in {folder}, {size - len(bank)} clips left out", highlight=False, soft_wrap=True)
+        (folder / QUARANTINE).unlink(missing_ok=True)
+        write_quarantine(folder / QUARANTINE, left_out)
+    leaks = sum(record["reason"].startswith(LEAK) for record in left_out)
+    console.print(
+        f"{len(bank)} rows in {folder}, {size - len(bank)} clips left out, {leaks} of them because they are held out",
+        highlight=False,
+        soft_wrap=True,
+    )
     return path
+
+
+def load_corpus(place: Path | str, config: Config) -> ShardList | list[str]:
+    """The captions of a file, or else the shards of a folder or URL.
+
+    Raises:
+        InputError: nothing of the kind there.
+    """
+    if not is_url(place) and Path(place).is_file():
+        return read_captions(Path(place))
+    return ShardList.load(place, cache=cache_of(config))
+
+
+def banked_clips(folder: Path) -> dict[int, BankedClip]:
+    """What the rows of a bank folder are, by id; nothing for a bank that came without.
+
+    Raises:
+        InputError: the list is damaged.
+    """
+    path = folder / CLIPS
+    if not path.is_file():
+        return {}
+    try:
+        found = map(BankedClip.model_validate_json, path.read_text(encoding="utf-8").splitlines())
+        return {clip.id: clip for clip in found}
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): build the bank again") from None
 
 
 def inspect(folder: Path, console: Console) -> None:
@@ -155,7 +201,7 @@ def search(
         raise InputError(f"{folder} holds captions alone, which have no audio to compare: search it with --by text")
     bank = KnowledgeBank.from_state(state, dim=dim, capacity=len(state["ids"]))
     scores, ids = bank.search(embed_query(model, config, query, audio)[None], k, by)
-    clips = _clips(folder)
+    clips = banked_clips(folder)
     table = Table("", "score", "caption", "clip", title=escape(query or str(audio)), title_justify="left")
     for place, (score, row) in enumerate(zip(scores[0].tolist(), ids[0].tolist(), strict=True), 1):
         clip = clips.get(row)
@@ -185,38 +231,35 @@ def _clip_parts(model: DualEncoder, shards: ShardList, config: Config, held_out:
             refused = error
             continue
         found |= bool(encoded.keys)
-        told = zip(encoded.keys, encoded.captions, encoded.shards, strict=True)
-        yield paired_rows(encoded), [_told(key, captions, shard) for key, captions, shard in told]
+        told = zip(encoded.keys, encoded.captions, encoded.shards, encoded.sounds, strict=True)
+        yield paired_rows(encoded), [_told(*clip) for clip in told], encoded.bad
     if not found:
         raise refused or InputError("the shards hold no clip that can be used; pack them again")
 
 
-@torch.no_grad()
-def _caption_parts(model: DualEncoder, captions: list[str], file: str) -> Iterator[Part]:
+def _caption_parts(
+    model: DualEncoder, captions: list[str], file: str, config: Config, held_out: HeldOut
+) -> Iterator[Part]:
     """Part by part, rows with zeros for audio. Equal captions of two files are one row, as their ids say."""
-    device = next(model.parameters()).device
-    parts = max(1, len(captions) // PART)
+    parts, found = max(1, len(captions) // PART), False
     for texts in np.array_split(np.array(captions, object), parts):
-        told = [_told(f"caption:{text}", [text], file) for text in texts]
-        batches = [texts[at : at + TEXTS].tolist() for at in range(0, len(texts), TEXTS)]
-        rows = torch.cat([model.encode_text(model.text.tokenize(batch).to(device)).cpu() for batch in batches]).numpy()
-        yield (np.array([clip.id for clip in told], np.int64), np.zeros_like(rows), rows), told
+        kept: list[str] = []
+        bad: list[Record] = []
+        for text in texts:
+            try:
+                held_out.refuse_caption(text)
+                kept.append(text)
+            except BadSample as error:
+                bad.append({"shard": file, "key": caption_key(text), "reason": str(error)})
+        told = [_told(caption_key(text), [text], file) for text in kept]
+        found |= bool(kept)
+        yield caption_rows(model, kept, config.model.embedding_dim), told, bad
+    if not found:
+        raise InputError(f"every caption of {file} is held out, the first: {bad[0]['reason']}; name others")
 
 
-def _told(key: str, captions: list[str], shard: str) -> BankedClip:
-    return BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard)
-
-
-def _clips(folder: Path) -> dict[int, BankedClip]:
-    """The clips by id; none for a bank that came without."""
-    path = folder / CLIPS
-    if not path.is_file():
-        return {}
-    try:
-        found = map(BankedClip.model_validate_json, path.read_text(encoding="utf-8").splitlines())
-        return {clip.id: clip for clip in found}
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({str(error).splitlines()[0]}): build the bank again") from None
+def _told(key: str, captions: list[str], shard: str, sound: bytes = b"") -> BankedClip:
+    return BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard, sound=sound.hex())
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch.distributed as dist
 
 from ask_dist.bank import external
+from ask_dist.bank.messages import State
 from ask_dist.config import Config
-from ask_dist.data.leaks import HeldOut
+from ask_dist.data.leaks import HeldOut, words
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, paired_rows
+from ask_dist.evaluate.external import banked_clips
 from ask_dist.models import saved
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.text import Vocabulary
@@ -31,6 +33,7 @@ MAY_DIFFER = {
     "audio": {"source", "freeze", "unfreeze_at", "lora"},
     "text": {"source", "freeze", "unfreeze_at", "lora", "vocabulary"},
 }
+NAMED = 3  # captions that a refusal quotes
 ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
 
 
@@ -39,7 +42,7 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
 
     Raises:
         InputError: `model.from` is no other finished run, or one of another architecture; `bank.from` is no bank, or
-            not one that these weights encoded, does not fit, or holds clips that this run is tested on.
+            not one that these weights encoded, does not fit, or holds what this run is tested on.
     """
     if config.model.source is None:
         return
@@ -59,12 +62,7 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
                 f"bank.from={config.bank.source} holds {rows} rows, and {anchors} clips are encoded before the first "
                 f"step; bank.capacity is {config.bank.capacity}, raise it to {rows + anchors} at least"
             )
-        found = np.isin([stable_id(key) for key in HeldOut.of(shards).keys], state["ids"]).sum()
-        if found:
-            raise InputError(
-                f"bank.from={config.bank.source} holds {found} clips of data.validation or data.test; build it again "
-                "without them, or test on others"
-            )
+        _refuse_held_out(config.bank.source, state, HeldOut.of(shards))
 
 
 def new_model(config: Config, vocabulary: Vocabulary) -> DualEncoder:
@@ -94,6 +92,35 @@ def encode_anchors(state: TrainState) -> None:
     if state.rank == 0 and state.knowledge is not None:
         state.knowledge.begin()
     dist.barrier()
+
+
+def _refuse_held_out(folder: Path, state: State, held_out: HeldOut) -> None:
+    """Raises InputError for a bank with clips, by key or by sound, or captions alone, of the splits that are tested on.
+
+    The folder was checked against the splits of the run that built it. Those of this run may be others.
+    """
+    banked = banked_clips(folder)
+    unnamed = len(set(state["ids"][~state["audio"].any(axis=1)].tolist()) - banked.keys())
+    if unnamed and held_out.keys:
+        raise InputError(
+            f"bank.from={folder} holds {unnamed} captions whose words are not in its clips.jsonl, to be compared with "
+            "those of data.validation and data.test; build it again"
+        )
+    ids, sounds = set(state["ids"].tolist()), {sound.hex() for sound in held_out.sounds}
+    rows = [clip for row, clip in banked.items() if row in ids]
+    clips = ids & {stable_id(key) for key in held_out.keys} | {clip.id for clip in rows if clip.sound in sounds}
+    captions = [clip.captions[0] for clip in rows if clip.is_caption and words(clip.captions[0]) in held_out.captions]
+    if clips:
+        raise InputError(
+            f"bank.from={folder} holds {len(clips)} clips of data.validation or data.test; build it again without "
+            "them, or test on others"
+        )
+    if captions:
+        quoted = ", ".join(map(repr, captions[:NAMED]))
+        raise InputError(
+            f"bank.from={folder} holds {len(captions)} captions without audio that data.validation or data.test has "
+            f"({quoted}); build it again without them, or test on others"
+        )
 
 
 def _shape(config: Config) -> dict[str, object]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from ask_dist.data.leaks import HeldOut, audit, sound_digest
+from ask_dist.data.audio import BadSample
+from ask_dist.data.leaks import HeldOut, audit, sound_digest, words
 from ask_dist.data.loader import EvalLoader, TrainLoader
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip, ShardList
@@ -80,3 +81,35 @@ def test_an_audit_names_repeated_keys_and_leaks_before_a_run(
     ]
     assert found[-1]["reason"] == "the key is that of an earlier clip"
     assert audit(splits["validation"], HeldOut.of({"test": splits["test"]})) == []
+
+
+@pytest.mark.parametrize("same", ["A dog barks.", " a  DOG,\tbarks!", "\uff21 dog barks", "a dog barks"])
+def test_captions_are_the_same_if_their_words_are(same: str) -> None:
+    assert words(same) == words("a dog barks")
+    assert words(same) not in (words("a dog barked"), words("dogs bark"), words("dog barks a"))
+
+
+def test_captions_without_words_are_told_apart() -> None:
+    assert len({words(caption) for caption in ("...", "!", "\U0001f415", "")}) == 4
+
+
+def test_a_caption_alone_is_refused_but_not_beside_a_sound_of_its_own(
+    splits: dict[str, ShardList], tmp_path: Path, make_clip: MakeClip
+) -> None:
+    held_out = HeldOut.of(splits)
+    with pytest.raises(BadSample, match=r"^held out: the same caption is in test as other$"):
+        held_out.refuse_caption("Another caption!")
+    held_out.refuse_caption("another captioned")
+    write_shards([Clip("new", make_clip(70).audio, 8000, ("another caption",))], tmp_path / "new", "train")
+    assert audit(ShardList.load(tmp_path / "new"), held_out) == []
+    loader = EvalLoader(
+        ShardList.load(tmp_path / "new"),
+        held_out=held_out,
+        rank=0,
+        world_size=1,
+        batch_size=2,
+        sample_rate=8000,
+        clip_seconds=0.05,
+    )
+    (batch,) = loader.batches()
+    assert (batch.keys, batch.captions) == (["new"], [["another caption"]])

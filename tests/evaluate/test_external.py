@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from rich.console import Console
 
 from ask_dist.bank import store
 from ask_dist.data.pack import write_shards
+from ask_dist.data.quarantine import QUARANTINE
 from ask_dist.data.samples import open_clip, read_shard
 from ask_dist.data.shards import Clip, ShardList, stable_id
 from ask_dist.errors import InputError
-from ask_dist.evaluate import external
+from ask_dist.evaluate import encode, external
 from ask_dist.models.saved import load_model
 from tests.finished_run import RATE, noise_corpus, untrained_run
 
@@ -143,6 +145,47 @@ def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console
     external.build(tested, corpus, tmp_path / "bank", console)
     ids = set(store.load(tmp_path / "bank")["ids"].tolist())
     assert ids == {stable_id(f"clip-{number:02d}") for number in range(CLIPS) if number not in (3, 20)}
+    assert "28 rows in " in (shown := console.export_text())
+    assert "2 clips left out, 2 of them because they are held out" in shown
+    assert named(tmp_path / "bank") == {
+        "clip-03": "held out: its key is in test",
+        "clip-20": "held out: the same sound is in test as of-clip-20",
+    }
+    assert {clip.key for clip in external.banked_clips(tmp_path / "bank").values() if clip.sound} == {
+        f"clip-{number:02d}" for number in range(CLIPS) if number not in (3, 20)
+    }
+
+
+def test_captions_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console):
+    sound = np.random.default_rng(9).normal(scale=0.1, size=800).astype(np.float32)
+    write_shards([Clip("tested", sound, RATE, ("Noise number 2.", "a noise"))], tmp_path / "test", "test")
+    tested, bank = shutil.copytree(run, tmp_path / "run"), tmp_path / "bank"
+    config = yaml.safe_load((tested / "config.yaml").read_text())
+    config["data"] |= {"test": str(tmp_path / "test")}
+    (tested / "config.yaml").write_text(yaml.safe_dump(config))
+    written = tmp_path / "captions.txt"
+    written.write_text("noise number 1\nnoise number 2\nA NOISE\nnoise number 22\n")
+    external.build(tested, written, bank, console)
+    assert {clip.captions for clip in external.banked_clips(bank).values()} == {
+        ("noise number 1",),
+        ("noise number 22",),
+    }
+    assert "2 rows in " in (shown := console.export_text())
+    assert "2 clips left out, 2 of them because they are held out" in shown
+    reason = "held out: the same caption is in test as tested"
+    assert named(bank) == {"caption:noise number 2": reason, "caption:A NOISE": reason}
+    external.build(tested, corpus, tmp_path / "clips", console)  # beside a sound of its own it stays
+    assert len(store.load(tmp_path / "clips")["ids"]) == CLIPS
+    written.write_text("a noise")
+    with pytest.raises(InputError, match=r"every caption of captions\.txt is held out, .* name others$"):
+        external.build(tested, written, tmp_path / "none", console)
+    assert not (tmp_path / "none").exists()
+
+
+def named(bank: Path) -> dict[str, str]:
+    """The reasons by the keys of what a bank folder left out."""
+    records = map(json.loads, (bank / QUARANTINE).read_text().splitlines())
+    return {record["key"]: record["reason"] for record in records}
 
 
 def sounds_of(corpus: Path, *keys: str) -> list[tuple[str, np.ndarray]]:
@@ -152,7 +195,7 @@ def sounds_of(corpus: Path, *keys: str) -> list[tuple[str, np.ndarray]]:
 
 def test_captions_become_rows_without_audio(run, tmp_path, console, monkeypatch):
     monkeypatch.setattr(external, "PART", 3)
-    monkeypatch.setattr(external, "TEXTS", 2)
+    monkeypatch.setattr(encode, "TEXTS", 2)
     written, bank = tmp_path / "captions.txt", tmp_path / "bank"
     written.write_text("\n".join(f"noise number {number % 8}" for number in range(12)))
     external.build(run, written, bank, console)

@@ -14,13 +14,17 @@ from ask_dist import config as configuration
 from ask_dist.bank import external
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import EXTERNAL
+from ask_dist.data.pack import write_shards
+from ask_dist.data.samples import open_clip, read_shard
+from ask_dist.data.shards import Clip, ShardList
 from ask_dist.errors import InputError
+from ask_dist.evaluate.external import CLIPS as CLIPS_FILE
 from ask_dist.evaluate.external import build
 from ask_dist.models.saved import digest, load_model, load_weights, save_model
 from ask_dist.models.text import Vocabulary
 from ask_dist.train.loop import load_shards
 from ask_dist.train.start import check_start, new_model
-from tests.finished_run import noise_corpus, untrained_run
+from tests.finished_run import RATE, noise_corpus, untrained_run
 from tests.models.conftest import CAPTIONS, needs_pretrained
 from tests.models.towers import save_clap
 
@@ -77,6 +81,30 @@ def test_a_bank_of_clips_that_the_run_is_tested_on_is_refused(run, bank, tmp_pat
     check(run, None, f"data.test={tested}")
     with pytest.raises(InputError, match=r"holds 3 clips of data\.validation or data\.test; build it again"):
         check(run, bank, f"data.test={tested}")
+
+
+def test_so_is_one_of_their_sounds_under_other_keys(corpus, run, bank, tmp_path):
+    shards = ShardList.load(corpus)
+    (raw, *_) = read_shard(shards.paths[0], 3, 1)
+    renamed = Clip("renamed", open_clip(raw, RATE)[0], RATE, ("no such words",))
+    write_shards([renamed], tmp_path / "test", "test")
+    with pytest.raises(InputError, match=r"holds 1 clips of data\.validation or data\.test; build it again"):
+        check(run, bank, f"data.test={tmp_path / 'test'}")
+
+
+def test_so_is_one_of_their_captions_without_audio(run, bank, tmp_path):
+    heard = np.random.default_rng(9).normal(scale=0.1, size=800).astype(np.float32)
+    write_shards([Clip("tested", heard, RATE, ("Noise, number 2.",))], tmp_path / "test", "test")
+    check(run, bank, f"data.test={tmp_path / 'test'}")  # its clip-02 says the same of a sound of its own
+    (tmp_path / "captions.txt").write_text("noise number 1\nnoise number 2\n")
+    build(run, tmp_path / "captions.txt", tmp_path / "captions", Console(quiet=True))
+    check(run, tmp_path / "captions")
+    with pytest.raises(InputError, match=r"holds 1 captions without audio .* \('noise number 2'\); build it again"):
+        check(run, tmp_path / "captions", f"data.test={tmp_path / 'test'}")
+    (tmp_path / "captions" / CLIPS_FILE).unlink()
+    check(run, tmp_path / "captions")
+    with pytest.raises(InputError, match=r"holds 2 captions whose words are not in its clips\.jsonl"):
+        check(run, tmp_path / "captions", f"data.test={tmp_path / 'test'}")
 
 
 def test_the_folders_of_pretrained_encoders_are_not_needed_again(tmp_path):
