@@ -158,12 +158,15 @@ def start_actors(config: Config, steps_per_epoch: int) -> Actors:
         return Actors(bank, None, group)
     from ask_dist.refine.actor import RemoteRefineActor
 
+    settings = config.refine.model_dump(exclude={"every", "corpus"})
+    if config.refine.strategy == "reencode":  # by the workers; the refiner makes the prototypes
+        settings["strategy"] = "none"
     refiner = RemoteRefineActor.options(num_cpus=config.cluster.refine_cpus, max_restarts=_restarts(config)).remote(
         names,
         prototypes=config.bank.prototypes,
         seed=config.seed,
         by_clock=not config.optimization.deterministic,
-        **config.refine.model_dump(exclude={"every"}),
+        **settings,
     )
     return Actors(bank, refiner, group)
 

@@ -269,6 +269,17 @@ def test_a_deterministic_run_has_no_inverted_files():
     assert "set bank.index=flat" in refusal("optimization.deterministic=true", "bank.index=ivf_flat")
 
 
+def test_a_corpus_is_encoded_again_by_one_strategy_alone():
+    again = "refine.strategy=reencode"
+    assert "or leave the corpus out" in refusal("refine.corpus=shards/further")
+    assert "needs a bank" in refusal(again, "knowledge.enabled=false")
+    external = ("model.from=runs/first", "bank.from=banks/further")
+    assert "set refine.corpus to the shards or captions" in refusal(again, *external)
+    config = parse(again, *external, "refine.corpus=shards/further")
+    assert config.anchored().refine.corpus == Path("shards/further").absolute()
+    assert parse(again).refine.corpus is None
+
+
 @given(
     st.integers(1, 12),
     st.integers(1, 40),

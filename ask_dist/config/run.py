@@ -57,6 +57,7 @@ class Config(Section):
         for tower in (tree["model"]["audio"], tree["model"]["text"]):
             if tower["source"] is not None and Path(tower["source"]).exists():  # else the id of a hub
                 tower["source"] = str(Path(tower["source"]).absolute())
+        tree["refine"]["corpus"] = _anchored(self.refine.corpus)
         for section in ("model", "bank"):
             if tree[section]["from"] is not None:
                 tree[section]["from"] = str(Path(tree[section]["from"]).absolute())
@@ -78,7 +79,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        for check in (_check_batch, _check_loss, _check_towers, _check_inputs, _check_bank):
+        for check in (_check_batch, _check_loss, _check_towers, _check_inputs, _check_bank, _check_refine):
             check(self)
         return self
 
@@ -183,3 +184,19 @@ def _check_bank(config: Config) -> None:
         )
     if config.bank.source is not None and not config.knowledge.enabled:
         raise ValueError(f"bank.from={config.bank.source} needs a bank, knowledge.enabled is false; leave one out")
+
+
+def _check_refine(config: Config) -> None:
+    reencoded, corpus = config.refine.strategy == "reencode", config.refine.corpus
+    if corpus is not None and not reencoded:
+        raise ValueError(
+            f"refine.corpus={corpus} is for refine.strategy=reencode, and the strategy is {config.refine.strategy}; "
+            "set that, or leave the corpus out"
+        )
+    if reencoded and config.bank.source is not None and corpus is None:
+        raise ValueError(
+            f"refine.strategy=reencode can't encode bank.from={config.bank.source} again without its clips; set "
+            "refine.corpus to the shards or captions that it was built of"
+        )
+    if reencoded and not config.knowledge.enabled:
+        raise ValueError("refine.strategy=reencode needs a bank, knowledge.enabled is false; leave one out")

@@ -236,10 +236,16 @@ class Bank(Section):
 class Refine(Section):
     """The refiner that keeps the bank in step with the moving encoders."""
 
-    strategy: Literal["none", "linear", "knn_mean", "kernel", "mlp", "gnn"] = "kernel"
+    strategy: Literal["none", "linear", "knn_mean", "kernel", "mlp", "gnn", "reencode"] = "kernel"
+    corpus: Place | None = Field(
+        None,
+        description="of reencode: shards or a file of captions that the workers encode; null: data.train",
+    )
     interval: Weight = Field(2.0, description="least seconds between two generations")
     cpu_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="most of one core that it takes")
-    every: Positive = Field(0.5, description="epochs between two generations where optimization.deterministic is set")
+    every: Positive = Field(
+        0.5, description="epochs between two generations of reencode, or where optimization.deterministic is set"
+    )
     neighbours: Count = Field(16, description="edges a row of the graph")
     hidden: Count = 128
     steps: Count = Field(60, description="optimizer steps a generation")

@@ -67,9 +67,12 @@ class HeldOut:
 
         Beside a sound of its own it is no leak: people say the same of many sounds, and training clips have it too.
         """
-        found = self.captions.get(words(caption))
-        if found is not None:
-            raise BadSample(f"{LEAK}: the same caption is in {found}")
+        if self.has_caption(caption):
+            raise BadSample(f"{LEAK}: the same caption is in {self.captions[words(caption)]}")
+
+    def has_caption(self, caption: str) -> bool:
+        """Whether a caption reads as one that is held out."""
+        return words(caption) in self.captions
 
 
 def audit(shards: ShardList, held_out: HeldOut) -> list[Record]:

@@ -34,6 +34,7 @@ from ask_dist.train.embeddings import cached_embeddings
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
 from ask_dist.train.profiling import FOLDER, TracingClock, memory
+from ask_dist.train.reencode import reencode
 from ask_dist.train.state import TrainState
 from ask_dist.train.step import train_step
 from ask_dist.train.trackers import feeds
@@ -145,6 +146,9 @@ def train(state: TrainState) -> None:
         step = state.engine.global_step
         last = step == state.total_steps
         if state.knowledge and step % refine_every == 0:
+            if state.config.refine.strategy == "reencode":
+                with state.clock("reencode"):
+                    reencode(state)
             state.knowledge.refine()
         if step % settings.log_every == 0 or step == 1 or last:
             rate = since_samples / max(time.monotonic() - since, 1e-9)

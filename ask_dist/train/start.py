@@ -14,7 +14,7 @@ from ask_dist.data.leaks import HeldOut, words
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, paired_rows
-from ask_dist.evaluate.external import banked_clips
+from ask_dist.evaluate.external import banked_clips, load_corpus
 from ask_dist.models import saved
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.text import Vocabulary
@@ -38,12 +38,14 @@ ANCHORS = 8192  # clips encoded before the first step; as many as a generation o
 
 
 def check_start(config: Config, shards: dict[str, ShardList]) -> None:
-    """Refuses weights and banks that the run can't start from.
+    """Refuses weights, banks and a corpus that the run can't start from.
 
     Raises:
-        InputError: `model.from` is no other finished run, or one of another architecture; `bank.from` is no bank, or
-            not one that these weights encoded, does not fit, or holds what this run is tested on.
+        InputError: `refine.corpus` is not there; `model.from` is no other finished run, or one of another architecture;
+            `bank.from` is no bank, or not one of these weights, does not fit, or holds what this run is tested on.
     """
+    if config.refine.corpus is not None:
+        load_corpus(config.refine.corpus, config)
     if config.model.source is None:
         return
     if config.model.source.resolve() == config.run_dir.resolve():

@@ -1,42 +1,63 @@
-"""A run that starts from another run's weights and from a bank that these encoded, by the command."""
+"""Runs that start from another run's weights and from a bank that these encoded, by the command."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
+from ask_dist.bank.durable import recover
+from ask_dist.bank.messages import EXTERNAL
+from ask_dist.bank.shard import KnowledgeShard
 from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import ShardList
+from ask_dist.evaluate.encode import encode, paired_rows
+from ask_dist.models.saved import load_model
 from tests.end_to_end.command import ask_dist
-from tests.end_to_end.conftest import clips
+from tests.end_to_end.conftest import clips, configuration
 
 pytestmark = pytest.mark.ray
 EXTERNAL_CLIPS = 60
 
 
-def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(
-    config_file: Path, tones: Path, tmp_path: Path
-):
-    first, bank = tmp_path / "runs" / "tones", tmp_path / "bank"
-    done = ask_dist("train", config_file, "optimization.epochs=8")
+@pytest.fixture(scope="module")
+def folder(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tones.yaml`, the finished run `runs/tones`, another corpus `other`, and `bank` of it by that run."""
+    folder = tmp_path_factory.mktemp("external")
+    (folder / "tones.yaml").write_text(yaml.safe_dump(configuration(tones, folder / "runs")))
+    done = ask_dist("train", folder / "tones.yaml", "optimization.epochs=8")
     assert done.returncode == 0, done.stderr
-    write_shards(clips("other", EXTERNAL_CLIPS, seed=7), tmp_path / "other", "train", clips_per_shard=20)
-    done = ask_dist("bank", "build", tmp_path / "other", bank, "--checkpoint", first)
+    write_shards(clips("other", EXTERNAL_CLIPS, seed=7), folder / "other", "train", clips_per_shard=20)
+    done = ask_dist("bank", "build", folder / "other", folder / "bank", "--checkpoint", folder / "runs" / "tones")
     assert done.returncode == 0, done.stderr
+    return folder
 
-    given = ["name=second", f"model.from={first}", f"bank.from={bank}", "optimization.log_every=5"]
+
+def start_from(folder: Path, name: str) -> list[str]:
+    """Overrides of a run that goes on from the first one, with the other corpus."""
+    return [f"name={name}", f"model.from={folder / 'runs' / 'tones'}", f"bank.from={folder / 'bank'}"]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(folder: Path, tones: Path):
+    config_file, given = folder / "tones.yaml", [*start_from(folder, "second"), "optimization.log_every=5"]
     refused = ask_dist("train", config_file, *given, "model.embedding_dim=32")
     assert refused.returncode == 2
     assert "model.embedding_dim is 32" in refused.stderr
-    assert not (tmp_path / "runs" / "second").exists()
+    second = folder / "runs" / "second"
+    assert not second.exists()
 
     lively = ["refine.interval=0", "refine.cpu_share=1", "optimization.epochs=80", "optimization.evaluate_every=40"]
     leaking = [f"data.train=[{tones / 'train'},{tones / 'validation'}]", "data.max_bad_share=0.5"]
     done = ask_dist("train", config_file, *given, *leaking, *lively)
     assert done.returncode == 0, done.stderr
-    second = tmp_path / "runs" / "second"
-    rows = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(second)
     told: dict[str, float] = {}
     for row in rows:
         told |= row
@@ -48,5 +69,35 @@ def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(
     assert told["refine/external_stale"] >= EXTERNAL_CLIPS
     assert told["refine/external_drift_after_text"] < told["refine/external_drift_before_text"]
     trained = next(row["train/loss"] for row in rows if "train/loss" in row)
-    untrained = json.loads((first / "metrics.jsonl").read_text().splitlines()[0])["train/loss"]
+    untrained = metrics(folder / "runs" / "tones")[0]["train/loss"]
     assert trained < untrained  # it went on from there
+
+
+def test_workers_encode_the_other_corpus_again_into_a_bank_of_two_shards(folder: Path):
+    again = ["refine.strategy=reencode", f"refine.corpus={folder / 'other'}", "refine.every=1"]
+    kept = ["bank.shards=2", "bank.durable=true", "bank.dtype=float16"]
+    done = ask_dist(
+        "train", folder / "tones.yaml", *start_from(folder, "third"), *again, *kept, "optimization.epochs=4"
+    )
+    assert done.returncode == 0, done.stderr
+    third = folder / "runs" / "third"
+    config, model = load_model(third)
+    ids, audio, text = paired_rows(encode(model, ShardList.load(folder / "other"), config, 0, 1))
+    found: dict[int, tuple[int, np.ndarray]] = {}
+    for shard in ("0", "1"):
+        bank = recover(
+            third / "bank" / shard, lambda state: KnowledgeShard.from_state(state, dim=64, capacity=500)
+        ).bank
+        held = bank.snapshot()
+        assert EXTERNAL not in held.step
+        assert 0 < np.isin(held.ids, ids).sum() < EXTERNAL_CLIPS
+        halves = np.concatenate([held.audio, held.text], axis=1)
+        found |= {
+            row: (step, pair) for row, step, pair in zip(held.ids.tolist(), held.step.tolist(), halves, strict=True)
+        }
+    last = metrics(third)[-1]["step"]
+    for row, wanted in zip(ids.tolist(), np.concatenate([audio, text], axis=1), strict=True):
+        step, pair = found[row]
+        assert step == last  # an interval ends with the run: these weights are the run's last
+        np.testing.assert_allclose(pair, wanted, atol=5e-3)
+    assert any("time/reencode" in row for row in metrics(third))

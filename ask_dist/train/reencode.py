@@ -1,0 +1,77 @@
+"""The refinement without an error of its own: a corpus is encoded again by the present weights, in the workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ray.exceptions import RayActorError
+
+from ask_dist.config import Config
+from ask_dist.data.leaks import HeldOut
+from ask_dist.data.shards import ShardList
+from ask_dist.errors import InputError
+from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
+from ask_dist.evaluate.external import load_corpus
+from ask_dist.models.dual_encoder import DualEncoder
+
+if TYPE_CHECKING:
+    from ask_dist.train.state import TrainState
+
+PART = 1024  # clips or captions that a worker holds at a time
+
+log = logging.getLogger(__name__)
+
+
+def reencode(state: TrainState) -> None:
+    """Encodes `refine.corpus`, or else the training clips, each worker its share, and writes the rows to the bank.
+
+    They are rows of this global step; where the bank has got a later one meanwhile, that one stays. Training waits. A
+    bank that is being restarted misses some of them until the next time. A collective.
+
+    Raises:
+        InputError: the corpus can't be had any more, or the bank has no room for it.
+        RayActorError: the bank died, and the run is deterministic.
+    """
+    if state.knowledge is None:
+        return
+    place, step = state.config.refine.corpus, state.engine.global_step
+    corpus = state.shards["train"] if place is None else load_corpus(place, state.config)
+    model = state.engine.whole()
+    for rows in share_of(corpus, model, state.config, state.rank, state.world_size, state.held_out):
+        try:
+            state.knowledge.put(*rows, global_step=step)
+        except RayActorError as error:
+            if state.config.optimization.deterministic:
+                raise
+            log.warning("the bank did not take %d rows, which stay as they are: %s", len(rows[0]), error)
+
+
+def share_of(
+    corpus: ShardList | list[str],
+    model: DualEncoder,
+    config: Config,
+    rank: int,
+    world_size: int,
+    held_out: HeldOut,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Part by part, as many on every rank, what this rank encodes: ids int64 [n], audio and text float32 [n, dim].
+
+    What is held out is left out; so are clips that can't be read, whose rows in the bank stay as they are.
+    """
+    size = len(corpus) if isinstance(corpus, list) else corpus.clips
+    parts = max(1, -(-size // (PART * world_size)))
+    for part in range(rank, parts * world_size, world_size):
+        if isinstance(corpus, list):
+            texts = corpus[part * size // (parts * world_size) : (part + 1) * size // (parts * world_size)]
+            allowed = [text for text in texts if not held_out.has_caption(text)]
+            yield caption_rows(model, allowed, config.model.embedding_dim)
+            continue
+        try:
+            yield paired_rows(encode(model, corpus, config, part, parts * world_size, held_out=held_out))
+        except InputError as error:
+            log.warning("%s; their rows stay as they are", error)
+            none = np.zeros((0, config.model.embedding_dim), np.float32)
+            yield np.zeros(0, np.int64), none, none

@@ -1,0 +1,89 @@
+"""What each worker encodes of a corpus that is encoded again: together all of it, whatever can't be used aside."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ask_dist import config as configuration
+from ask_dist.data.leaks import HeldOut, words
+from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.errors import InputError
+from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
+from ask_dist.models.saved import load_model
+from ask_dist.train import reencode
+from ask_dist.train.loop import load_shards
+from ask_dist.train.start import check_start
+from tests.finished_run import noise_corpus, untrained_run
+
+CLIPS = 23
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return noise_corpus(tmp_path_factory.mktemp("corpus") / "train", CLIPS)
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untrained_run(tmp_path_factory.mktemp("runs") / "noise", corpus)
+
+
+def by_id(ids: np.ndarray, audio: np.ndarray, text: np.ndarray) -> dict[int, np.ndarray]:
+    assert len(set(ids.tolist())) == len(ids)
+    return dict(zip(ids.tolist(), np.concatenate([audio, text], axis=1), strict=True))
+
+
+def encoded(corpus: ShardList | list[str], run: Path, ranks: int, held_out: HeldOut) -> dict[int, np.ndarray]:
+    """The rows of all ranks by id, after each is seen to have as many parts."""
+    config, model = load_model(run)
+    shares = [list(reencode.share_of(corpus, model, config, rank, ranks, held_out)) for rank in range(ranks)]
+    assert len(set(map(len, shares))) == 1
+    assert all(len(ids) <= reencode.PART for share in shares for ids, _, _ in share)
+    return by_id(
+        *(np.concatenate(column) for column in zip(*(part for share in shares for part in share), strict=True))
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_workers_encode_every_clip_once(corpus, run, ranks, monkeypatch):
+    monkeypatch.setattr(reencode, "PART", 5)
+    shards = ShardList.load(corpus)
+    config, model = load_model(run)
+    wanted = by_id(*paired_rows(encode(model, shards, config, 0, 1)))
+    found = encoded(shards, run, ranks, HeldOut(keys={"clip-04": "test"}))
+    assert wanted.keys() - found.keys() == {stable_id("clip-04")}
+    for row, values in found.items():
+        np.testing.assert_allclose(values, wanted[row], atol=1e-5)
+
+
+def test_captions_that_are_held_out_stay_out(run, monkeypatch):
+    monkeypatch.setattr(reencode, "PART", 5)
+    captions = [f"noise number {number}" for number in range(CLIPS)]
+    config, model = load_model(run)
+    wanted = by_id(*caption_rows(model, captions, config.model.embedding_dim))
+    found = encoded(captions, run, 2, HeldOut(captions={words("Noise number 7!"): "test as x"}))
+    assert wanted.keys() - found.keys() == {stable_id("caption:noise number 7")}
+    for row, values in found.items():
+        np.testing.assert_allclose(values, wanted[row], atol=1e-5)
+
+
+def test_a_damaged_part_costs_its_own_rows_and_is_named(corpus, run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(reencode, "PART", 5)
+    hurt = shutil.copytree(corpus, tmp_path / "hurt")
+    (shard, *_) = sorted(hurt.glob("*.tar"))
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    found = encoded(ShardList.load(hurt), run, 1, HeldOut())
+    assert found.keys() == {stable_id(f"clip-{number:02d}") for number in range(10, CLIPS)}
+    assert all("their rows stay as they are" in said for said in caplog.messages)
+    assert len(caplog.messages) == 2
+
+
+def test_a_corpus_that_is_not_there_is_told_before_the_run(run, tmp_path):
+    given = ["refine.strategy=reencode", f"refine.corpus={tmp_path / 'none'}"]
+    config = configuration.load(run / "config.yaml", given)
+    with pytest.raises(InputError, match="none"):
+        check_start(config, load_shards(config))
