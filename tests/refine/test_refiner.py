@@ -198,9 +198,12 @@ import numpy as np
 from ask_dist.bank.messages import Snapshot
 from ask_dist.refine.refiner import Refiner, generation
 
-ROWS, DIM = int(sys.argv[1]), 256
+STRATEGY, ROWS, DIM = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 rng = np.random.default_rng(0)
-audio, text = (rng.standard_normal((2, ROWS, DIM), np.float32) / 16).astype(np.float16)
+audio, text = np.empty((2, ROWS, DIM), np.float16)
+for half in (audio, text):
+    for first in range(0, ROWS, 10_000):
+        half[first : first + 10_000] = rng.standard_normal(half[first : first + 10_000].shape, np.float32) / DIM**0.5
 ids, zeros = np.arange(ROWS), np.zeros(ROWS, np.int64)
 
 def snapshot(step):
@@ -214,7 +217,7 @@ def snapshot(step):
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-refiner = Refiner("kernel")
+refiner = Refiner(STRATEGY)
 generation([(refiner, None)], snapshot(0), [32], 0)
 before = peak()
 commits, reports = generation([(refiner, None)], snapshot(1), [32], 0)
@@ -223,17 +226,36 @@ print(peak() - before, audio.nbytes + text.nbytes)
 """
 
 
-def test_memory_of_a_generation_follows_the_bank_in_float16():
-    """A new snapshot, the next source and the commit, each as large as the rows are in float16; nothing in float32."""
+def memory(strategy: str, rows: int, dim: int) -> tuple[int, int]:
+    """Bytes that a second generation adds to the peak of a process, and bytes of the rows in float16."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, "100000"],
+        [sys.executable, "-c", MEASURED, strategy, str(rows), str(dim)],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    taken, rows = map(int, done.stdout.split())
+    taken, size = map(int, done.stdout.split())
+    return taken, size
+
+
+def test_memory_of_a_generation_follows_the_bank_in_float16():
+    """A new snapshot, the next source and the commit, each as large as the rows are in float16; nothing in float32."""
+    taken, rows = memory("kernel", 100_000, 256)
     assert taken < 4 * rows + 100 * 2**20  # and the work on a part and on the known rows
+
+
+@pytest.mark.parametrize("strategy", ["knn_mean", "gnn"])
+def test_what_more_rows_add_to_it_is_themselves_whoever_searches_for_neighbours(strategy):
+    (small, few), (large, many) = (memory(strategy, rows, 64) for rows in (100_000, 200_000))
+    # Neighbours of all rows at once would add at least 16 rows of float32 a row, which is 16 times as much as a row here.
+    assert large - small < 2.5 * (many - few)
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_corrected_by_the_graph_within_a_few_times_their_own_memory():
+    taken, rows = memory("gnn", 1_000_000, 64)
+    assert taken < 3 * rows + 250 * 2**20
 
 
 def test_an_unknown_strategy_is_an_input_error():
