@@ -248,7 +248,7 @@ def test_memory_of_a_generation_follows_the_bank_in_float16():
 @pytest.mark.parametrize("strategy", ["knn_mean", "gnn"])
 def test_what_more_rows_add_to_it_is_themselves_whoever_searches_for_neighbours(strategy):
     (small, few), (large, many) = (memory(strategy, rows, 64) for rows in (100_000, 200_000))
-    # Neighbours of all rows at once would add at least 16 rows of float32 a row, which is 16 times as much as a row here.
+    # Neighbours of all rows at once would add 16 rows of float32 a row: 16 times what both its halves take here.
     assert large - small < 2.5 * (many - few)
 
 

@@ -11,17 +11,21 @@ import ray
 import torch
 
 from ask_dist import cluster, config
+from ask_dist.bank import store
+from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
 from ask_dist.errors import InputError
+from ask_dist.models import saved
 from ask_dist.train import checkpoint
 from ask_dist.train.knowledge import KnowledgeSource, load_actors, save_bank
+from tests.finished_run import noise_corpus, untrained_run
 
 pytestmark = pytest.mark.ray
 DIM, ROWS = 8, 120
 
 
-def run_config(**bank) -> Config:
+def run_config(sections: dict, **bank) -> Config:
     return config.parse(
         {
             "name": "link",
@@ -32,6 +36,7 @@ def run_config(**bank) -> Config:
             "bank": bank,
             "refine": {"strategy": "none"},
         }
+        | sections
     )
 
 
@@ -40,8 +45,8 @@ def started(local_ray):
     """Links to banks of their own."""
     running = []
 
-    def start(**bank) -> tuple[KnowledgeSource, cluster.Actors]:
-        run = run_config(**bank)
+    def start(sections=None, **bank) -> tuple[KnowledgeSource, cluster.Actors]:
+        run = run_config(sections or {}, **bank)
         running.append(cluster.start_actors(run, steps_per_epoch=10))
         return KnowledgeSource(run, running[-1], torch.device("cpu")), running[-1]
 
@@ -76,6 +81,40 @@ def test_a_checkpoint_goes_on_in_any_number_of_shards(started, tmp_path):
         assert stored.ids.tolist() == [2, 5]
         np.testing.assert_array_equal(stored.text, text[[2, 5]].half().float())
     assert sorted(path.name for path in folder.glob("bank*")) == ["bank-0", "bank-1"]
+
+
+def test_external_rows_over_several_shards_answer_as_one_actor_does(started, tmp_path):
+    """20,000 rows, some texts alone: each actor takes its part when it starts, and when it is emptied."""
+    run = untrained_run(tmp_path / "run", noise_corpus(tmp_path / "corpus", 4))
+    rng, count, dim = np.random.default_rng(8), 20_000, 32
+    centres, ids = rng.normal(size=(200, dim)), rng.choice(2**62, count, replace=False)
+    audio, text = (unit_rows(centres[np.arange(count) % 200] + 0.7 * rng.normal(size=(count, dim))) for _ in range(2))
+    audio[::10] = 0.0
+    bank = KnowledgeBank(dim, count)
+    bank.upsert(ids, audio, text, None, 0)
+    store.save(tmp_path / "bank", bank.state(), weights=saved.digest(run))
+    source = {"model": {"embedding_dim": dim, "from": str(run)}}
+
+    def asked(shards: int) -> dict[int, tuple[list[float], list[float], float, float]]:
+        link, actors = started(source, shards=shards, **{"from": str(tmp_path / "bank")})
+        told = link.last_metrics()
+        assert (told["bank/rows"], told["bank/external_rows"]) == (count, count)
+        held = [ray.get(primary.ping.remote()) for primary in actors.primaries.values()]
+        assert sum(held) == count
+        assert min(held) > 0.9 * count / shards
+        load_actors(actors, None)  # as a start without a checkpoint does
+        link.prefetch(torch.from_numpy(ids[:64]), 0.5)
+        rows = link.collect()
+        np.testing.assert_allclose(rows.own_text, text[:64], atol=1e-3)
+        answers = zip(
+            rows.audio.tolist(), rows.text.tolist(), rows.age.tolist(), rows.reliability.tolist(), strict=True
+        )
+        return dict(zip(rows.ids.tolist(), answers, strict=True))
+
+    expected = asked(1)
+    assert len(expected) > 64
+    assert asked(2) == expected
+    assert asked(3) == expected
 
 
 @pytest.mark.parametrize("shards", [1, 2])
