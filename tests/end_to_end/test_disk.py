@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ask_dist.bank import store
+from ask_dist.bank.durable import recover
+from ask_dist.bank.memory import KnowledgeBank
 from tests.end_to_end.command import ask_dist, environment
 from tests.mounts import fill, mounted
 
@@ -44,6 +47,10 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoints/checkpoint_*/manifest.json"))
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for_checkpoints(run: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -89,18 +96,29 @@ def finishes(*arguments: str | Path) -> str:
     return resumed.stdout
 
 
-def test_a_disk_that_fills_ends_the_run_with_one_line_and_loses_nothing(config_file: Path, disk: Path) -> None:
-    run, arguments = disk / "tones", (config_file, f"output_dir={disk}", EPOCHS)
+def check_banks(run: Path) -> int:
+    """Sees that each checkpoint has its bank as it then was, reading every byte; the global step of the last."""
+    for manifest in checkpoints(run):
+        step, (snapshot,) = json.loads(manifest.read_text())["global_step"], store.snapshots(manifest.parent / "bank")
+        assert step - 5 < int(store.read(snapshot)["newest_step"]) < step  # upserts are not waited for
+    return step
+
+
+@pytest.mark.parametrize("durable", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_disk_that_fills_ends_the_run_with_one_line_and_loses_nothing(
+    config_file: Path, disk: Path, durable: bool
+) -> None:
+    run, arguments = disk / "tones", (config_file, f"output_dir={disk}", EPOCHS, f"bank.durable={durable}")
     process = start("train", *arguments)
     wait_for_checkpoints(run, 1, process)
     ballast = fill(disk)
     line = refused(process)
     assert "can't be written: No space left on device (0.0 of 32 MiB free); free space" in line
-    saved = json.loads(checkpoints(run)[-1].read_text())["global_step"]
+    saved = check_banks(run)
     assert not list(run.glob("checkpoints/.unfinished"))
 
     ballast.unlink()
-    before = len((run / "metrics.jsonl").read_text().splitlines())
+    before = len(metrics(run))
     process = start("train", *arguments, "--resume")
     wait_for_steps(disk, process)
     interrupt(process)
@@ -108,8 +126,29 @@ def test_a_disk_that_fills_ends_the_run_with_one_line_and_loses_nothing(config_f
     report = json.loads((run / "report.json").read_text())
     assert report["throughput"]["samples_seen"] == 30 * 160
     assert report["bank"]["rows"] == 160
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[before])
+    first = metrics(run)[before]
     assert saved < first["step"] <= saved + 11
+
+
+def test_a_full_disk_under_the_bank_costs_no_snapshot_and_no_step(config_file: Path, tmp_path: Path) -> None:
+    """The bank's journal and snapshots alone lie on a small disk, which fills in the middle of the run."""
+    run = tmp_path / "runs" / "tones"
+    run.mkdir(parents=True)
+    with mounted(run / "bank", "size=4m") as small:
+        process = start("train", config_file, EPOCHS, "bank.durable=true", "optimization.log_every=5", "--resume")
+        wait_for_checkpoints(run, 1, process)
+        fill(small)
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr
+        told = [row for row in metrics(run) if "bank/durable" in row]
+        assert (told[0]["bank/durable"], told[-1]["bank/durable"]) == (1, 0)
+        assert told[-1]["bank/failed"] == told[-1]["bank/dropped_upserts"] == 0
+        report = json.loads((run / "report.json").read_text())
+        assert report["throughput"]["samples_seen"] == 30 * 160
+        assert report["bank"]["rows"] == 160
+        kept = recover(small / "0", lambda state: KnowledgeBank.from_state(state, dim=64, capacity=500)).bank.snapshot()
+        assert len(kept.ids) == 160
+        assert 0 < kept.newest_step < check_banks(run)  # the checkpoints are on another disk
 
 
 def test_a_folder_that_turns_read_only_and_a_damaged_checkpoint(config_file: Path, disk: Path) -> None:
