@@ -237,6 +237,12 @@ def _of_a_death(error: Exception) -> bool:
     return lost or str(error).startswith("DataLoader worker")
 
 
+class AllBad(InputError):
+    """A rank's samples are all bad; `records` name them."""
+
+    records: Sequence[Record] = ()
+
+
 class EvalLoader:
     """One rank's contiguous part of a split, in the order of the shards, cropped in the middle.
 
@@ -276,12 +282,14 @@ class EvalLoader:
         """All batches once; bad samples are left out and counted in `bad`, anew in each pass.
 
         Raises:
-            InputError: all samples of this rank are bad.
+            AllBad: all samples of this rank are bad.
         """
         self.bad = BadSamples()
         yield from prefetched(self._batches())
         if self.bad.count and self.bad.count == self.bad.delivered:
-            raise InputError(f"all {self.bad.count} samples are bad, the first: {self.bad.records[0]}; pack them again")
+            error = AllBad(f"all {self.bad.count} samples are bad, the first: {self.bad.records[0]}; pack them again")
+            error.records = self.bad.records
+            raise error
 
     def _batches(self) -> Iterator[EvalBatch]:
         clips = self._clips()

@@ -110,6 +110,11 @@ def paired_rows(encoded: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, encoded.audio_features.numpy(), unit_rows(sums.numpy())
 
 
+def no_rows(dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """None at all, as `paired_rows` gives them."""
+    return np.zeros(0, np.int64), np.zeros((0, dim), np.float32), np.zeros((0, dim), np.float32)
+
+
 @torch.no_grad()
 def caption_rows(model: DualEncoder, captions: Sequence[str], dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A row of width `dim` a caption, as `paired_rows`, with zeros for audio; the model's mode is left as it was."""

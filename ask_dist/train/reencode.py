@@ -11,9 +11,9 @@ from ray.exceptions import RayActorError
 
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
+from ask_dist.data.loader import AllBad
 from ask_dist.data.shards import ShardList
-from ask_dist.errors import InputError
-from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
+from ask_dist.evaluate.encode import caption_rows, encode, no_rows, paired_rows
 from ask_dist.evaluate.external import load_corpus
 from ask_dist.models.dual_encoder import DualEncoder
 
@@ -71,7 +71,6 @@ def share_of(
             continue
         try:
             yield paired_rows(encode(model, corpus, config, part, parts * world_size, held_out=held_out))
-        except InputError as error:
+        except AllBad as error:
             log.warning("%s; their rows stay as they are", error)
-            none = np.zeros((0, config.model.embedding_dim), np.float32)
-            yield np.zeros(0, np.int64), none, none
+            yield no_rows(config.model.embedding_dim)

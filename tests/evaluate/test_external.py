@@ -98,7 +98,9 @@ def test_a_damaged_shard_costs_its_own_clips_alone(corpus, run, tmp_path, consol
     shard.write_bytes(b"\0" * shard.stat().st_size)
     external.build(run, hurt, tmp_path / "bank", console)
     assert len(store.load(tmp_path / "bank")["ids"]) == CLIPS - 10
-    assert "10 clips left out" in console.export_text()
+    assert "10 clips left out, 0 of them because they are held out" in console.export_text()
+    (reason,) = named(tmp_path / "bank").values()
+    assert "the shard has 0 clips that can be read" in reason
     for other in hurt.glob("*.tar"):
         other.write_bytes(b"\0" * other.stat().st_size)
     with pytest.raises(InputError):
@@ -126,7 +128,9 @@ def test_what_does_not_belong_together_is_refused(corpus, run, tmp_path, console
         external.search(bank, run, "noise", None, 1, "text", console)
 
 
-def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console):
+@pytest.mark.parametrize("part", [1, 1000])
+def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console, monkeypatch, part):
+    monkeypatch.setattr(external, "PART", part)
     test = tmp_path / "test"
     write_shards(
         [
