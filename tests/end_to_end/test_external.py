@@ -45,6 +45,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.timeout(420)
 def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(folder: Path, tones: Path):
     config_file, given = folder / "tones.yaml", [*start_from(folder, "second"), "optimization.log_every=5"]
     refused = ask_dist("train", config_file, *given, "model.embedding_dim=32")
