@@ -208,9 +208,20 @@ def test_a_configuration_is_read_only():
         parse().seed = 3
 
 
-def test_bf16_without_gpus_and_uneven_heads_are_refused():
-    assert "optimization.zero_stage=0" in refusal("optimization.precision=bf16", "optimization.zero_stage=0")
-    assert "use fp32" in refusal("optimization.precision=bf16", "cluster.use_gpu=false")
+def test_offload_needs_what_zero_divides():
+    for offload, stage in (("optimizer", 1), ("all", 3)):
+        message = refusal(f"optimization.offload={offload}", f"optimization.zero_stage={stage - 1}")
+        assert message.endswith(f"optimization.zero_stage={stage - 1}; set optimization.zero_stage={stage}")
+        assert parse(f"optimization.offload={offload}", f"optimization.zero_stage={stage}")
+
+
+def test_fp16_may_skip_as_many_steps_as_its_loss_scale_takes_to_find():
+    assert "set it to 17 or more" in refusal("optimization.precision=fp16", "optimization.max_skipped=16")
+    assert parse("optimization.precision=fp16", "optimization.max_skipped=17")
+    assert parse("optimization.precision=bf16", "optimization.max_skipped=1", "cluster.use_gpu=false")
+
+
+def test_uneven_heads_are_refused():
     assert "model.text.heads=3" in refusal("model.text.heads=3")
 
 

@@ -21,6 +21,8 @@ from ask_dist.config.sections import (
     Tracking,
 )
 
+FP16_SEARCH = 16  # halvings from the first loss scale, 2^16, to the least
+
 
 class Config(Section):
     """A whole run."""
@@ -79,7 +81,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Config:
-        for check in (_check_batch, _check_loss, _check_towers, _check_inputs, _check_bank, _check_refine):
+        checks = (_check_batch, _check_precision, _check_loss, _check_towers, _check_inputs, _check_bank, _check_refine)
+        for check in checks:
             check(self)
         return self
 
@@ -105,10 +108,22 @@ def _check_batch(config: Config) -> None:
             f"the global batch of {config.global_batch_size} ({what}) is no multiple of data.lanes={lanes}; "
             f"set optimization.{key}={fit} or other lanes"
         )
-    if config.optimization.precision == "bf16" and config.cluster.use_gpu is False:
-        raise ValueError("optimization.precision=bf16 needs GPUs, cluster.use_gpu is false; use fp32")
-    if config.optimization.precision == "bf16" and config.optimization.zero_stage == 0:
-        raise ValueError("optimization.zero_stage=0 keeps no fp32 state of a bf16 run to save; use 1, 2 or 3, or fp32")
+
+
+def _check_precision(config: Config) -> None:
+    """What of precision and offload DeepSpeed can't do."""
+    optimization = config.optimization
+    if optimization.precision == "fp16" and optimization.max_skipped <= FP16_SEARCH:
+        raise ValueError(
+            f"optimization.max_skipped={optimization.max_skipped} may end a run of optimization.precision=fp16 that "
+            f"looks for its loss scale, which takes up to {FP16_SEARCH} steps; set it to {FP16_SEARCH + 1} or more"
+        )
+    stage = {"none": 0, "optimizer": 1, "all": 3}[optimization.offload]
+    if optimization.zero_stage < stage:
+        raise ValueError(
+            f"optimization.offload={optimization.offload} moves what ZeRO divides, from stage {stage} on, and "
+            f"optimization.zero_stage={optimization.zero_stage}; set optimization.zero_stage={stage}"
+        )
 
 
 def _check_loss(config: Config) -> None:

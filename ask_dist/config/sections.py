@@ -163,7 +163,10 @@ class Optimization(Section):
     warmup_share: Share = 0.05
     gradient_clip: Weight = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of products; weights are always fp32")
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="what lies in the host's memory: nothing, Adam's state, or that and the weights"
+    )
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None, description="of an average of the weights, which evaluation and the saved model use; null: none"
     )

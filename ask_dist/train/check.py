@@ -25,6 +25,7 @@ from ask_dist.models.lora import add_adapters
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import loop
 from ask_dist.train.embeddings import refuse_long_clips
+from ask_dist.train.precision import compute_in
 from ask_dist.train.run import check_data, steps_per_epoch
 from ask_dist.train.start import new_model
 
@@ -57,7 +58,8 @@ def check(config: Config, console: Console) -> None:
 
 
 def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int]:
-    """One forward, objective with knowledge, and backward on random sounds with captions of the corpus.
+    """One forward, objective with knowledge, and backward on random sounds with captions of the corpus, in the
+    run's precision.
 
     Returns:
         The loss, seconds taken, and the model's parameter count.
@@ -73,6 +75,7 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
     vocabulary = Vocabulary.train(sentences, config.model.text.vocabulary)
     model = new_model(config, vocabulary)
     add_adapters(model, config.model)
+    compute_in(model, config.optimization.precision, torch.device("cpu"))
     audio = 0.1 * torch.randn(size, round(config.data.clip_seconds * config.data.sample_rate))
     tokens = model.text.tokenize([sentences[i % len(sentences)] for i in range(size)])
     start = time.perf_counter()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ask_dist.config import Optimization
 from ask_dist.models.lora import adapted, merged
 from ask_dist.train.parameters import encoders, parameter_groups
+from ask_dist.train.precision import compute_in
 from ask_dist.train.recompute import recompute_blocks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -47,7 +48,7 @@ class Engine:
 
     Args:
         model: the module to train; moved to `device`.
-        optimization: rates, clipping, ZeRO stage, precision.
+        optimization: rates, clipping, ZeRO stage, precision, offload.
         total_steps: length of the run, for the schedule.
         device: where this rank computes.
     """
@@ -68,9 +69,10 @@ class Engine:
         self.global_step = 0
         self.device = device
         apart = optimization.zero_stage == 3 or self._averaged or adapted(model)
-        self._copy = copy.deepcopy(model).to(device) if apart else None
+        self._copy = copy.deepcopy(model).cpu() if apart else None
         if optimization.activation_checkpointing:
             recompute_blocks(model)
+        compute_in(model, optimization.precision, device)
         groups = parameter_groups(model, optimization.weight_decay, optimization.layer_decay)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
@@ -79,6 +81,7 @@ class Engine:
             dist_init_required=False,
         )
         self._create_moments()
+        self._scaler = _loss_scaler() if optimization.precision == "fp16" else None
 
     @property
     def global_step(self) -> int:
@@ -101,7 +104,7 @@ class Engine:
 
         With `ema_decay` it has the average of the weights; adapters are merged into them.
         Under ZeRO 3 it is a copy: the trained model collects its weights layer by layer from all ranks, which would
-        wait for ever on ranks that have fewer batches to evaluate.
+        wait for ever on ranks that have fewer batches to evaluate. It lies on the device while the caller holds it.
         """
         if self._copy is None:
             return self.module
@@ -110,7 +113,8 @@ class Engine:
                 ours.copy_(self._full(trained, AVERAGE if self._averaged and trained.requires_grad else None))
             for buffer, current in zip(self._copy.buffers(), self.module.buffers(), strict=True):
                 buffer.copy_(current)
-        return merged(self._copy)
+        model = merged(self._copy)
+        return model if self.device.type == "cpu" else copy.deepcopy(model).to(self.device)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward pass through the engine, so that its hooks run."""
@@ -124,7 +128,7 @@ class Engine:
             last: no other follows before `step`.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self.deepspeed.backward(self._scaled(loss), scale_wrt_gas=False)
 
     def step(self) -> StepResult:
         """Clips, updates, and advances global_step. Gradients that are not finite are dropped on all ranks alike."""
@@ -132,6 +136,8 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = 0.0 if self._is_held(group) else rate * group["scale"]
         norm, updated = self._update()
+        if self._scaler is not None:
+            self._scaler.update_scale(not updated)
         if updated:
             self._follow_update()
         self.global_step += 1
@@ -145,6 +151,8 @@ class Engine:
             return float(self.deepspeed.get_global_grad_norm()) if updated else math.inf, updated
         # Without ZeRO DeepSpeed has the reduced gradients whole on every rank, and looks at none of them.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if self._scaler is not None:
+            torch._foreach_div_(gradients, self._scaler.loss_scale)
         norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.deepspeed.zero_grad()
@@ -152,18 +160,31 @@ class Engine:
         self.deepspeed.step()
         return norm, True
 
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """In fp16 the loss times its scale. Under ZeRO DeepSpeed multiplies it, and divides the gradients; not by a
+        scaler of its own, which doubles the scale before it divides gradients of the old one."""
+        if self._scaler is None:
+            return loss
+        if self.optimization.zero_stage == 0:
+            return self._scaler.scale_loss(loss)
+        self.deepspeed.optimizer.override_loss_scale(self._scaler.loss_scale)
+        return loss
+
     def skip(self) -> None:
         """Advances global_step without an update; all ranks must skip together."""
         self.global_step += 1
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, their average and Adam's moments, whole and in fp32, by parameter name: independent of world_size
-        and ZeRO stage.
+        """Weights, their average and Adam's moments, whole and in fp32, by parameter name: independent of world_size,
+        ZeRO stage, precision and offload. In fp16 the loss scale too, with the steps since an overflow.
 
         A collective: every rank must call it; every rank gets the same tensors, on the CPU.
         """
         state = {"global_step": torch.tensor(self.global_step), "updates": torch.tensor(self._updates())}
         state |= {f"updates.{name}": torch.tensor(self._updates(name)) for name in self._thawing}
+        if self._scaler is not None:
+            steps = self._scaler.cur_iter - self._scaler.last_overflow_iter - 1
+            state |= {"loss_scale": torch.tensor(self._scaler.loss_scale), "loss_scale.steps": torch.tensor(steps)}
         for name, parameter in self.module.named_parameters():
             state[f"model.{name}"] = self._full(parameter, None)
             for moment in self._kept if parameter.requires_grad else ():
@@ -173,7 +194,8 @@ class Engine:
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state` gave, on any world_size and ZeRO stage. A collective."""
+        """Takes what `state` gave, on any world_size and ZeRO stage, in any precision and with any offload. A
+        collective."""
         from deepspeed.runtime.zero import GatheredParameters
 
         self.global_step = int(state["global_step"])
@@ -190,6 +212,12 @@ class Engine:
         for group, master in self._masters():
             updates = state.get(f"updates.{group['tower']}", state["updates"])
             self._optimizer().state[master]["step"] = updates.float().clone()
+            if master.grad is not None:  # on the host it is kept between steps
+                master.grad.zero_()
+        if self._scaler is not None and "loss_scale" in state:
+            self._scaler.cur_scale = float(state["loss_scale"])
+            self._scaler.cur_iter = int(state["loss_scale.steps"])
+            self._scaler.last_overflow_iter = -1
         for name, buffer in self.module.named_buffers():
             buffer.copy_(state[f"buffer.{name}"])
 
@@ -288,12 +316,32 @@ class Engine:
         return max((int(state[part]["step"]) for group, part in self._masters() if group["tower"] == tower), default=0)
 
 
+def _loss_scaler() -> Any:
+    """DeepSpeed's rule with the numbers of torch's GradScaler: from 2^16 down by half at each overflow, to 1 at least,
+    and up by 2 after 2000 steps without one."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    return DynamicLossScaler(
+        init_scale=2.0**16,
+        scale_window=2000,
+        min_scale=1.0,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+    )
+
+
 def _deepspeed_config(optimization: Optimization) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": optimization.zero_stage, "overlap_comm": False}
+    if optimization.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if optimization.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": optimization.micro_batch_size,
         "gradient_clipping": optimization.gradient_clip,
-        "zero_optimization": {"stage": optimization.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": optimization.precision == "bf16"},
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's AdamW of the host is compiled at first use; torch's does
         "steps_per_print": 10**9,
     }

@@ -49,9 +49,9 @@ def make_model(dropout: float = 0.0, lora: bool = False) -> DualEncoder:
     return model.train()
 
 
-def make_engine(stage: int, dropout: float = 0.0, lora: bool = False) -> Engine:
+def make_engine(stage: int, dropout: float = 0.0, lora: bool = False, **memory: str) -> Engine:
     micro = BATCH // dist.get_world_size()
-    optimization = Optimization(zero_stage=stage, micro_batch_size=micro, **OPTIMIZATION)
+    optimization = Optimization(zero_stage=stage, micro_batch_size=micro, **OPTIMIZATION, **memory)
     return Engine(make_model(dropout, lora), optimization, STEPS, torch.device("cpu"))
 
 

@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 STEPS = 12
 
 
-def make_engine(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> tuple[Engine, AskObjective]:
+def make_engine(folder: str, stage: int, freeze: bool, loss: BatchLoss, precision: str) -> tuple[Engine, AskObjective]:
     tree = {
         "name": "clap",
         "data": {"train": "x", "sample_rate": RATE, "lanes": 2},
@@ -32,7 +32,13 @@ def make_engine(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> tuple
             "audio": {"name": "clap-htsat", "source": folder, "freeze": freeze},
             "text": {"name": "clap-text", "source": folder, "max_tokens": 16},
         },
-        "optimization": {"zero_stage": stage, "learning_rate": 3e-3, "micro_batch_size": 2, "loss": loss},
+        "optimization": {
+            "zero_stage": stage,
+            "precision": precision,
+            "learning_rate": 3e-3,
+            "micro_batch_size": 2,
+            "loss": loss,
+        },
         "knowledge": {"enabled": False},
     }
     config = configuration.parse(tree)
@@ -42,8 +48,8 @@ def make_engine(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> tuple
     return engine, AskObjective(config.knowledge, half_life=1.0, loss=loss)
 
 
-def train(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> dict[str, Any]:
-    engine, objective = make_engine(folder, stage, freeze, loss)
+def train(folder: str, stage: int, freeze: bool, loss: BatchLoss, precision: str) -> dict[str, Any]:
+    engine, objective = make_engine(folder, stage, freeze, loss, precision)
     before = engine.state()
     rank, losses = dist.get_rank(), []
     engine.module.train()
@@ -57,7 +63,7 @@ def train(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> dict[str, A
         engine.backward(value)
         engine.step()
     state = engine.state()
-    fresh, _ = make_engine(folder, stage, freeze, loss)
+    fresh, _ = make_engine(folder, stage, freeze, loss, precision)
     fresh.load_state(state)
     whole = fresh.whole().eval()
     with torch.no_grad():
@@ -69,7 +75,8 @@ def train(folder: str, stage: int, freeze: bool, loss: BatchLoss) -> dict[str, A
 
 def every_way(rank: int, folder: str) -> list[dict[str, Any]]:
     """One start of the processes for all tests."""
-    return [train(folder, 1, True, "info_nce"), train(folder, 3, False, "siglip")]
+    ways = ((1, True, "info_nce", "fp32"), (3, False, "siglip", "fp32"), (2, False, "info_nce", "bf16"))
+    return [train(folder, *way) for way in ways]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +87,7 @@ def ways(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("way", [0, 1])
+@pytest.mark.parametrize("way", [0, 1, 2])
 def test_the_loss_falls_and_a_checkpoint_gives_the_same_embeddings(ways, way):
     assert ways[way]["losses"][-1] < 0.7 * ways[way]["losses"][0]
     torch.testing.assert_close(ways[way]["restored"], ways[way]["wanted"], atol=1e-6, rtol=0)
@@ -96,4 +103,4 @@ def test_a_frozen_tower_moves_no_weight(ways):
 
 @pytest.mark.multiprocess
 def test_the_sigmoid_loss_alone_has_a_bias_and_it_learns(ways):
-    assert ["model.logit_bias" in way["moved"] for way in ways] == [False, True]
+    assert ["model.logit_bias" in way["moved"] for way in ways] == [False, True, False]
