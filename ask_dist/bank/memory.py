@@ -374,7 +374,7 @@ class KnowledgeBank:
 
 def _heard(audio: np.ndarray) -> np.ndarray:
     """Which rows [n, dim] are not all zeros: bool [n]. A few values tell of nearly all, 20 times as fast as all do."""
-    found = audio[:, :8].any(axis=1)
+    found = np.asarray(audio[:, :8].any(axis=1))
     found[~found] = audio[~found].any(axis=1)
     return found
 
