@@ -184,7 +184,7 @@ def test_weights_and_features_are_fp32_and_layers_compute_in_16_bits(ranks, stag
     assert found == {
         "weights": ["torch.float32"],
         "inside": 3 * [str(PRECISIONS[precision])],
-        "features": 3 * ["torch.float32"],
+        "features": 4 * ["torch.float32"],
     }
 
 
