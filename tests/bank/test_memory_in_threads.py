@@ -91,7 +91,7 @@ def swaps(kind: str, generations: int, rows: int) -> tuple[KnowledgeBank, int]:
 
 def test_no_answer_mixes_two_of_a_thousand_generations():
     bank, _ = swaps("flat", generations=1000, rows=64)
-    assert bank.metrics()["bank/searches"] > 1000
+    assert bank.metrics()["bank/searches"] > 100
 
 
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
