@@ -24,9 +24,8 @@ from ask_dist.data.loader import TrainLoader
 from ask_dist.data.shards import ShardList
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import start
+from ask_dist.train.precision import AUTOCAST
 from ask_dist.train.profiling import memory
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bare_loop(config: Config, window: int) -> tuple[list[float], float]:
@@ -73,7 +72,7 @@ def _worker(rank: int, world_size: int, tree: dict[str, Any], folder: str, windo
         lanes=config.data.lanes,
         shuffle_window=config.data.shuffle_window,
     )
-    half = DTYPES.get(settings.precision)
+    half = AUTOCAST.get(settings.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
     rates, since = [], time.monotonic()
     for step, batch in zip(range(1, (settings.max_steps or 1) + 1), loader.batches(), strict=False):
