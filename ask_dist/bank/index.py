@@ -108,6 +108,12 @@ class ExactIndex:
         if self._device is not None and len(positions) > 0:
             self._device.write(positions, self.rows.take(positions), len(self.rows))
 
+    def adopt(self, values: np.ndarray) -> None:
+        """As `Rows.adopt`."""
+        self.rows.adopt(values)
+        if self._device is not None and len(values) > 0:
+            self._device.write(np.arange(len(values)), values, len(values))
+
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `search_rows`. Beyond the GPU's limit on k the host answers."""
         k = min(k, len(self.rows))

@@ -74,6 +74,11 @@ class InvertedIndex:
         else:
             self._changes += len(positions)
 
+    def adopt(self, values: np.ndarray) -> None:
+        """As `Rows.adopt`."""
+        self.rows.adopt(values)
+        self._changes = len(values)
+
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `search_rows`, but a near row whose list is not looked into is missed."""
         k = min(k, len(self.rows))

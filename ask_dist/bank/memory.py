@@ -238,13 +238,17 @@ class KnowledgeBank:
     def from_state(cls, state: State, *, dim: int, capacity: int, **settings) -> Self:
         """A bank with the rows, counters and prototypes of `state()`; the other arguments as for the constructor.
 
+        Embeddings that are writable become the bank's own: they take no memory twice, and are not to be used elsewhere.
+
         Raises:
             InputError: the state's width or size does not fit.
         """
         bank = cls(dim, capacity, **settings)
         bank._check_shapes(state["ids"], state["audio"], state["text"])
         rows = bank._with_new_rows(state["ids"], np.full(len(state["ids"]), -1), np.ones(len(state["ids"]), bool))
-        bank._write(rows, state["audio"], state["text"], 0)
+        for modality, index in bank._index.items():
+            index.adopt(state[modality])
+        bank._note(rows, state["audio"], 0)
         for name in PER_ROW:
             bank._meta[name][rows] = state[name]
         bank._newest_step, bank._generation = int(state["newest_step"]), int(state["generation"])
@@ -312,6 +316,10 @@ class KnowledgeBank:
     def _write(self, rows: np.ndarray, audio: np.ndarray, text: np.ndarray, frame: int) -> None:
         for modality, values in (("audio", audio), ("text", text)):
             self._index[modality].write(rows, values)
+        self._note(rows, audio, frame)
+
+    def _note(self, rows: np.ndarray, audio: np.ndarray, frame: int) -> None:
+        """After a write: what follows from it."""
         self._heard[rows] = _heard(audio)
         self._meta["frame"][rows] = frame
         self._meta["version"][rows] += 1
@@ -373,8 +381,8 @@ class KnowledgeBank:
 
 
 def _heard(audio: np.ndarray) -> np.ndarray:
-    """Which rows [n, dim] are not all zeros: bool [n]. A few values tell of nearly all, 20 times as fast as all do."""
-    found = np.asarray(audio[:, :8].any(axis=1))
+    """Which rows [n, dim] are not all zeros: bool [n]. The first value tells of nearly all of them."""
+    found = audio[:, 0] != 0
     found[~found] = audio[~found].any(axis=1)
     return found
 

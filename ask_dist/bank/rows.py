@@ -37,6 +37,16 @@ class Rows:
             chunk[within] = values[chosen]
         self._count = end  # only now: a reader without the lock meets no row that was never written
 
+    def adopt(self, values: np.ndarray) -> None:
+        """Begin with values [n, dim]: without a copy where they are writable and of this dtype, and then they are not
+        to be used by anyone else."""
+        whole = 0
+        if values.dtype == self.dtype and values.flags.c_contiguous and values.flags.writeable:
+            whole = len(values) // CHUNK_ROWS * CHUNK_ROWS
+        self._chunks = [values[first : first + CHUNK_ROWS] for first in range(0, whole, CHUNK_ROWS)]
+        self._count = whole
+        self.write(np.arange(whole, len(values)), values[whole:])
+
     def take(self, positions: np.ndarray) -> np.ndarray:
         """A copy of the rows at positions [n], as they are stored."""
         taken = np.empty((len(positions), self.dim), self.dtype)

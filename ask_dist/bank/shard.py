@@ -171,8 +171,8 @@ class KnowledgeShard(KnowledgeBank):
         stored = {name: index.rows.take(rows) for name, index in self._index.items()}
         return OwnRows(**stored, **{name: self._meta[name][rows] for name in ("ids", "frame", "reliability")})
 
-    def _write(self, rows: np.ndarray, audio: np.ndarray, text: np.ndarray, frame: int) -> None:
-        super()._write(rows, audio, text, frame)
+    def _note(self, rows: np.ndarray, audio: np.ndarray, frame: int) -> None:
+        super()._note(rows, audio, frame)
         self._written = grown(self._written, len(self))
         self._written[rows] = self._writes + 1 + np.arange(len(rows))
         self._writes += len(rows)

@@ -14,7 +14,9 @@ import logging
 import math
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,10 +33,11 @@ from ask_dist.files import sync_folder, write_atomically
 
 KEEP = 2
 BLOCK_BYTES = 16 * 2**20
-HASHERS = 4  # threads; each holds one block
+PART_BYTES = 2**20  # are read, hashed and looked through at a time, while they are in a core's cache
+READERS = 4  # threads; each holds one part
 # The bits of a float without its sign, and those of infinity: what is not below them is infinite or no number.
 BITS = {2: (np.uint16, 0x7FFF, 0x7C00), 4: (np.uint32, 0x7FFFFFFF, 0x7F800000)}
-ROWS_AT_ONCE = 512  # so that a part stays in a core's cache
+FLOATS = ("audio", "text", "reliability")
 KINDS = {"I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 MANIFEST_BYTES = 16 * 2**20  # a manifest is read whole; this holds the checksums of 4 TB
 NAME = re.compile(r"snapshot-(\d{9})\.json")
@@ -69,7 +72,7 @@ class Manifest(BaseModel):
     source: str = ""
     weights: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     bytes: Size
-    block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES)]
+    block_bytes: Annotated[int, Field(ge=1, le=BLOCK_BYTES, multiple_of=8)]
     blocks: tuple[Digest, ...]
 
     @property
@@ -123,7 +126,7 @@ def save(
             weights=weights,
             bytes=aside.stat().st_size,
             block_bytes=BLOCK_BYTES,
-            blocks=_digests(aside, BLOCK_BYTES),
+            blocks=_looked_through(aside, BLOCK_BYTES)[0],
         )
         os.replace(aside, data)
     finally:
@@ -212,27 +215,32 @@ def number_of(path: Path) -> int:
 
 
 def read(path: Path) -> State:
-    """The state of one snapshot, every byte of it checked.
+    """The state of one snapshot, every byte of it checked on its way into memory.
 
     Args:
         path: of its manifest.
 
     Returns:
-        `audio` and `text` as read-only views of the file, so that they take no memory until they are used; they stay
-        valid when the snapshot is removed.
+        Arrays that belong to the caller.
 
     Raises:
         DamagedSnapshot: a file is missing or is not what was written, or its arrays are no bank.
+        InputError: it does not fit into the memory.
     """
-    manifest, data = check(path), path.with_suffix(".safetensors")
+    manifest = _sized(path)
     try:
-        state = _mapped(data)
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype of another program
-        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
-    problem = _problem(state, manifest)
-    if problem:
-        raise DamagedSnapshot(f"{data} is no bank: {problem}; {_remedy(path)}")
-    return state
+        content = np.empty(manifest.bytes, np.uint8)
+    except MemoryError:
+        needed = f"{manifest.rows} rows, {manifest.bytes / 2**30:.1f} GiB"
+        raise InputError(f"{path} holds {needed}, more than this machine's memory: use a larger machine") from None
+    return _sound(path, manifest, content)
+
+
+def verify(path: Path) -> Manifest:
+    """As `read`, with no more memory than for the rows' ids and steps: the embeddings are looked at and not kept."""
+    manifest = _sized(path)
+    _sound(path, manifest)
+    return manifest
 
 
 def check(path: Path) -> Manifest:
@@ -244,19 +252,8 @@ def check(path: Path) -> Manifest:
     Raises:
         DamagedSnapshot: a file is missing or is not what was written.
     """
-    manifest, data = read_manifest(path), path.with_suffix(".safetensors")
-    try:
-        size = data.stat().st_size
-        if size != manifest.bytes:
-            raise DamagedSnapshot(f"{data} has {size} bytes, not {manifest.bytes}: {_remedy(path)}")
-        if len(manifest.blocks) != -(-size // manifest.block_bytes):
-            raise DamagedSnapshot(f"{data}: {len(manifest.blocks)} checksums don't cover {size} bytes; {_remedy(path)}")
-        found = _digests(data, manifest.block_bytes)
-    except OSError as error:
-        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
-    for number, (digest, wanted) in enumerate(zip(found, manifest.blocks, strict=True)):
-        if digest != wanted:
-            raise DamagedSnapshot(f"{data} does not match its checksum in block {number}: {_remedy(path)}")
+    manifest = _sized(path)
+    _compare(path, manifest)
     return manifest
 
 
@@ -278,8 +275,62 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+@dataclass(frozen=True)
+class Span:
+    """Where an array lies in a file, in bytes from its start."""
+
+    begin: int
+    end: int
+    kind: np.dtype
+    shape: tuple[int, ...]
+
+
+def _sized(path: Path) -> Manifest:
+    """The manifest of a snapshot whose data is as large as that says."""
+    manifest, data = read_manifest(path), path.with_suffix(".safetensors")
+    try:
+        size = data.stat().st_size
+    except OSError as error:
+        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
+    if size != manifest.bytes:
+        raise DamagedSnapshot(f"{data} has {size} bytes, not {manifest.bytes}: {_remedy(path)}")
+    if len(manifest.blocks) != -(-size // manifest.block_bytes):
+        raise DamagedSnapshot(f"{data}: {len(manifest.blocks)} checksums don't cover {size} bytes; {_remedy(path)}")
+    return manifest
+
+
+def _sound(path: Path, manifest: Manifest, content: np.ndarray | None = None) -> State:
+    """The arrays of a snapshot that is one of a bank, in `content` (uint8 [bytes]) or, without it, in the file."""
+    data, spans, unreadable = path.with_suffix(".safetensors"), {}, None
+    try:
+        spans = _spans(data)
+    except (OSError, SafetensorError, TypeError) as error:  # the checksums may know better what is wrong
+        unreadable = error
+    finite = _compare(path, manifest, [spans[name] for name in FLOATS if name in spans], content)
+    if unreadable is not None:
+        raise DamagedSnapshot(f"{data} can't be read ({unreadable}): {_remedy(path)}")
+    state = _arrays(np.memmap(data, np.uint8, "r") if content is None else content, spans)
+    problem = _problem(state, manifest) or (None if finite else "a value is not finite")
+    if problem:
+        raise DamagedSnapshot(f"{data} is no bank: {problem}; {_remedy(path)}")
+    return state
+
+
+def _compare(path: Path, manifest: Manifest, floats: Sequence[Span] = (), content: np.ndarray | None = None) -> bool:
+    """Whether all of these floats are finite, of data that has its checksums; as `_looked_through`."""
+    data = path.with_suffix(".safetensors")
+    try:
+        found, finite = _looked_through(data, manifest.block_bytes, floats, content)
+    except OSError as error:
+        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
+    for number, (digest, wanted) in enumerate(zip(found, manifest.blocks, strict=True)):
+        if digest != wanted:
+            raise DamagedSnapshot(f"{data} does not match its checksum in block {number}: {_remedy(path)}")
+    return finite
+
+
 def _problem(state: State, manifest: Manifest) -> str | None:
-    """Why arrays that were written like this are no bank, or None."""
+    """Why arrays that were written like this are no bank, or None; whether they are finite is not looked at."""
     rows, dim = manifest.rows, manifest.dim
     wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         name: ((rows,), np.dtype(kind)) for name, kind in PER_ROW.items()
@@ -295,8 +346,6 @@ def _problem(state: State, manifest: Manifest) -> str | None:
     ids = np.sort(state["ids"])
     if (ids[1:] == ids[:-1]).any():
         return "an id occurs twice"
-    if not all(_finite(state[name]) for name in ("audio", "text", "reliability")):
-        return "a value is not finite"
     return _problem_of_prototypes({name: state[name] for name in state.keys() - wanted.keys()}, dim)
 
 
@@ -320,46 +369,75 @@ def _problem_of_prototypes(arrays: State, dim: int) -> str | None:
     return None
 
 
-def _finite(values: np.ndarray) -> bool:
-    """Whether all are finite, by their bits: twelve times as fast as `np.isfinite` of float16."""
-    kind, magnitude, infinity = BITS[values.itemsize]
-    bits = values.view(kind)
-    parts = (bits[start : start + ROWS_AT_ONCE] for start in range(0, len(bits), ROWS_AT_ONCE))
-    return all((part & magnitude).max(initial=0) < infinity for part in parts)
+def _spans(data: Path) -> dict[str, Span]:
+    """The arrays of a safetensors file; the library vouches that they follow one another without a gap.
 
-
-def _mapped(data: Path) -> State:
-    """The arrays of a safetensors file; the library vouches that they follow one another without a gap."""
+    Raises:
+        OSError, SafetensorError, TypeError: no such file, or not with arrays of a bank's kinds.
+    """
     with safe_open(data, "numpy") as file:
         facts = {name: file.get_slice(name) for name in file.offset_keys()}
         shapes = {name: (tuple(told.get_shape()), told.get_dtype()) for name, told in facts.items()}
-    whole = np.memmap(data, np.uint8, "r")
-    begin = 8 + int.from_bytes(whole[:8].tobytes(), "little")
-    state: State = {}
+    with open(data, "rb") as stream:
+        begin = 8 + int.from_bytes(stream.read(8), "little")
+    spans = {}
     for name, (shape, kind) in shapes.items():
-        if kind not in KINDS:
-            raise TypeError(f"{name} is {kind}")
+        if kind not in KINDS or begin % np.dtype(KINDS[kind]).itemsize:
+            raise TypeError(f"{name} is {kind} at byte {begin}")
         end = begin + math.prod(shape) * np.dtype(KINDS[kind]).itemsize
-        values = np.asarray(whole[begin:end]).view(KINDS[kind]).reshape(shape)
-        state[name] = values if name in ("audio", "text") else values.copy()
+        spans[name] = Span(begin, end, np.dtype(KINDS[kind]), shape)
         begin = end
+    return spans
+
+
+def _arrays(content: np.ndarray, spans: dict[str, Span]) -> State:
+    """Embeddings as views of a file's content, the rest as copies."""
+    state: State = {}
+    for name, span in spans.items():
+        values = np.asarray(content[span.begin : span.end]).view(span.kind).reshape(span.shape)
+        state[name] = values if name in ("audio", "text") else values.copy()
     return state
 
 
-def _digests(path: Path, block_bytes: int) -> tuple[str, ...]:
-    """BLAKE3 of each block, by threads that read and hash each its share; as fast as a disk, which SHA-256 is not."""
-    with open(path, "rb") as file, ThreadPoolExecutor(HASHERS) as pool:
-        starts = range(0, os.fstat(file.fileno()).st_size, block_bytes)
-        found = [""] * len(starts)
+def _looked_through(
+    path: Path, block_bytes: int, floats: Sequence[Span] = (), content: np.ndarray | None = None
+) -> tuple[tuple[str, ...], bool]:
+    """BLAKE3 of each block, and whether all of these floats are finite: every byte is read once, into `content` (uint8
+    [bytes]) if that is given, by threads that each have their share of the blocks."""
+    with open(path, "rb") as file, ThreadPoolExecutor(READERS) as pool:
+        size = os.fstat(file.fileno()).st_size
+        starts = range(0, size, block_bytes)
+        found, finite = [""] * len(starts), [True] * READERS
 
-        def share(first: int) -> None:
-            buffer = memoryview(bytearray(block_bytes))  # one for all its blocks: fresh memory costs as much as reading
-            for number in range(first, len(starts), HASHERS):
-                size = os.preadv(file.fileno(), [buffer], starts[number])
-                found[number] = blake3(buffer[:size]).hexdigest()
+        def share(reader: int) -> None:
+            buffer = np.empty(PART_BYTES, np.uint8)  # one for all parts: fresh memory costs as much as reading
+            for number in range(reader, len(starts), READERS):
+                digest, end = blake3(), min(size, starts[number] + block_bytes)
+                for start in range(starts[number], end, PART_BYTES):
+                    stop = min(end, start + PART_BYTES)
+                    part = buffer[: stop - start] if content is None else content[start:stop]
+                    if os.preadv(file.fileno(), [part.data], start) < len(part):
+                        raise OSError("it became shorter")
+                    digest.update(part.data)
+                    finite[reader] &= all(_finite(part, start, span) for span in floats)
+                found[number] = digest.hexdigest()
 
-        list(pool.map(share, range(HASHERS)))
-        return tuple(found)
+        list(pool.map(share, range(READERS)))
+        return tuple(found), all(finite)
+
+
+def _finite(part: np.ndarray, start: int, span: Span) -> bool:
+    """Whether the floats of the span that lie in a part of the file are finite, by their bits: twelve times as fast as
+    `np.isfinite` of float16.
+
+    Args:
+        part: uint8 [bytes] of the file from byte `start` on, a multiple of 8.
+    """
+    inside = part[max(0, span.begin - start) : max(0, span.end - start)]
+    if span.kind.itemsize not in BITS:
+        return bool(np.isfinite(inside.view(span.kind)).all())
+    kind, magnitude, infinity = BITS[span.kind.itemsize]
+    return bool((inside.view(kind) & magnitude).max(initial=0) < infinity)
 
 
 def _remedy(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ def _measure(folder: Path, rows: int, dim: int, queries: int, rounds: int) -> di
     with tempfile.TemporaryDirectory(dir=folder) as saved:
         figures = _built(Path(saved), settings, rows, queries, rounds)  # its bank is gone when it returns
         gc.collect()
-        restored = _restored(Path(saved), settings)
+        restored = _restored(Path(saved), settings, rounds)
     peak = peak_bytes() / 2**30
     whole = {"ratio": peak / RESIDENT_GIB, "resident_gib": peak}
     figures["million_rows"] = whole | figures["million_rows"] | {"restore_seconds": restored["restore_seconds"]}
@@ -90,29 +91,32 @@ def _built(saved: Path, settings: dict[str, Any], rows: int, queries: int, round
     }
 
 
-def _restored(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Restoring the snapshot, checked and ready for exact search, against reading its file from end to end.
+def _restored(folder: Path, settings: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Restoring the snapshot, checked and ready for exact search, against reading its file from end to end, in turns;
+    medians.
 
     Before each the kernel is asked to drop the file's pages, so that both come from the disk; a virtual disk may still
     have them in its host's memory, for both alike. Inverted files are not saved: they are trained again by `maintain`.
     """
     (data,) = folder.glob("*.safetensors")
     size = data.stat().st_size
-    _drop_pages(data)
-    read = seconds(lambda: _read(data))
-    _drop_pages(data)
-    start = time.perf_counter()
-    state = store.load(folder)
-    loaded = time.perf_counter()
-    bank = KnowledgeBank.from_state(state, **settings)
-    filled = time.perf_counter()
-    assert len(bank) == len(state["ids"])
+    reads, loads, fills = [], [], []
+    for _ in range(rounds):
+        _drop_pages(data)
+        reads.append(seconds(lambda: _read(data)))
+        _drop_pages(data)
+        start = time.perf_counter()
+        state = store.load(folder)
+        loads.append(time.perf_counter() - start)
+        fills.append(seconds(lambda state=state: KnowledgeBank.from_state(state, **settings)))
+        del state
+    read, restored = statistics.median(reads), statistics.median(map(sum, zip(loads, fills, strict=True)))
     return {
-        "ratio": read / (filled - start),
-        "restore_seconds": filled - start,
-        "load_seconds": loaded - start,
-        "fill_seconds": filled - loaded,
-        "restore_bytes_per_s": size / (filled - start),
+        "ratio": read / restored,
+        "restore_seconds": restored,
+        "load_seconds": statistics.median(loads),
+        "fill_seconds": statistics.median(fills),
+        "restore_bytes_per_s": size / restored,
         "disk_bytes_per_s": size / read,
         "bytes": size,
     }

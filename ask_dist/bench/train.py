@@ -16,7 +16,9 @@ from ask_dist.bench.bare import bare_loop, peak_gib
 from ask_dist.bench.machine import machine
 from ask_dist.bench.trainer import WARM_UP, WINDOW, bench_config, trained
 from ask_dist.config import Config
+from ask_dist.data.shards import ShardList
 from ask_dist.files import write_atomically
+from ask_dist.train import run
 
 SCENES, RECORDINGS = Path("configs/quickstart.yaml"), Path("configs/recordings.yaml")
 OUTPUT = Path("runs/bench/train.json")
@@ -101,8 +103,11 @@ def compare(comparison: Comparison, rounds: int = ROUNDS) -> dict[str, dict[str,
 def _config(comparison: Comparison, name: str, folder: Path) -> Config:
     further = comparison.shared | comparison.cases.get(name, {})
     knowledge = further.get("knowledge.enabled") == "true"
-    steps = comparison.steps * (1 + knowledge)  # a pair's neighbours can be asked for once the bank holds it
-    return bench_config(comparison.config_file, folder, name, steps, knowledge, further)
+    config = bench_config(comparison.config_file, folder, name, comparison.steps, knowledge, further)
+    if knowledge:  # a pair's neighbours can be asked for once the bank holds it
+        epoch = run.steps_per_epoch(config, ShardList.load(config.data.train))
+        config = bench_config(comparison.config_file, folder, name, comparison.steps + epoch, knowledge, further)
+    return config
 
 
 def _shares(rows: list[dict[str, float]], batch: int) -> dict[str, float]:

@@ -167,7 +167,7 @@ def verify(folder: Path, console: Console) -> None:
     damaged = []
     for path in _snapshots(folder):
         try:
-            rows = len(store.read(path)["ids"])
+            rows = store.verify(path).rows
             console.print(f"{path.stem}: {rows} rows, every checksum right", highlight=False)
         except store.DamagedSnapshot as error:
             damaged.append(str(error))

@@ -59,3 +59,27 @@ def test_without_rows_there_is_nothing_to_read():
     rows.write(np.zeros(0, np.int64), np.zeros((0, 3)))
     assert (len(rows), rows.copy().shape, rows.take(np.zeros(0, np.int64)).shape) == (0, (0, 3), (0, 3))
     assert list(rows.blocks()) == list(rows.float_blocks()) == []
+
+
+@pytest.mark.parametrize("count", [0, 5, CHUNK_ROWS, CHUNK_ROWS + 5])
+@pytest.mark.parametrize("writable", [True, False])
+def test_adopted_rows_are_as_written_ones_and_whole_chunks_are_not_copied(rng, count, writable):
+    values = rng.normal(size=(count, 2)).astype(np.float32)
+    values.flags.writeable = writable
+    wanted, rows = values.copy(), Rows(2, np.float32)
+    rows.adopt(values)
+    np.testing.assert_array_equal(rows.copy(), wanted)
+    shared = [np.shares_memory(block, values) for _, block in rows.blocks()]
+    assert shared == [writable and len(block) == CHUNK_ROWS for _, block in rows.blocks()]
+    more = rng.normal(size=(7, 2)).astype(np.float32)
+    rows.write(np.arange(count, count + 7), more)
+    rows.write(np.array([0]), more[:1])
+    wanted = np.concatenate([wanted, more])
+    wanted[0] = more[0]
+    np.testing.assert_array_equal(rows.copy(), wanted)
+
+
+def test_rows_of_another_dtype_are_copied(rng):
+    values, rows = rng.normal(size=(CHUNK_ROWS, 2)), Rows(2, np.float16)
+    rows.adopt(values)
+    np.testing.assert_array_equal(rows.copy(), values.astype(np.float16))

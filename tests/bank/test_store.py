@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ask_dist.bank import store
+from ask_dist.bank import rows, store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, State
 from ask_dist.bank.prototypes import unit_rows
@@ -117,25 +117,47 @@ def test_a_seeded_sample_of_flipped_bits_in_a_large_one_is_found(large, rng):
     store.read(large)
 
 
-def test_neither_reading_nor_writing_copies_the_embeddings(large, tmp_path, monkeypatch):
+def test_embeddings_are_in_memory_once(large, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "MANIFEST_BYTES", 2**16)  # a buffer of that size is made at once
+    monkeypatch.setattr(store, "PART_BYTES", 2**16)
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 1000)
+    size = large.with_suffix(".safetensors").stat().st_size
     tracemalloc.start()
     try:
+        store.verify(large)
+        assert tracemalloc.get_traced_memory()[1] < size / 4  # the parts at hand, and the rows' ids and steps
         state = store.read(large)
-        store.save(tmp_path / "copy", state)
-        store.link(store.snapshots(tmp_path / "copy")[0], large.parent, 7)
-        assert tracemalloc.get_traced_memory()[1] < 10e6  # the blocks being hashed
+        bank = KnowledgeBank.from_state(state, dim=500, capacity=10_000)
+        assert tracemalloc.get_traced_memory()[1] < 1.4 * size
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        copy = store.save(tmp_path / "copy", state)
+        assert tracemalloc.get_traced_memory()[1] < before + size / 4
     finally:
         tracemalloc.stop()
-    with pytest.raises(ValueError, match="read-only"):
-        state["audio"][0, 0] = 1
-    data = large.with_suffix(".safetensors")
-    assert store.read_manifest(store.snapshots(large.parent)[0]).digest == store.read_manifest(large).digest
-    data.unlink()
-    assert state["audio"][-1, -1] == store.load(large.parent)["audio"][-1, -1]  # still readable
+    assert store.verify(copy).digest == store.read_manifest(large).digest
+    np.testing.assert_array_equal(bank.snapshot().audio, store.read(copy)["audio"])
 
 
-@pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
+def test_a_linked_snapshot_stays_when_its_first_name_goes(large):
+    store.link(large, large.parent, 7)
+    linked, first = store.snapshots(large.parent)
+    assert store.verify(linked).digest == store.read_manifest(first).digest
+    state = store.read(linked)
+    large.with_suffix(".safetensors").unlink()
+    np.testing.assert_array_equal(store.load(large.parent)["audio"], state["audio"])
+
+
+def test_a_snapshot_that_outgrows_the_memory_is_refused(large, monkeypatch):
+    def none_left(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(store.np, "empty", none_left)
+    with pytest.raises(InputError, match=r"10000 rows, 0\.0 GiB, more than this machine's memory"):
+        store.load(large.parent)
+
+
+@pytest.mark.parametrize("block_bytes", [8, 104, 1 << 20])
 def test_the_damaged_block_is_named(tmp_path, state, monkeypatch, block_bytes):
     monkeypatch.setattr(store, "BLOCK_BYTES", block_bytes)
     path = store.save(tmp_path, state)
@@ -178,7 +200,7 @@ def rewritten(path: Path, state: State, **changes: object) -> None:
     safetensors.numpy.save_file({name: np.asarray(value, order="C") for name, value in state.items()}, data)
     tree = store.read_manifest(path).model_dump() | {
         "bytes": data.stat().st_size,
-        "blocks": tuple(store._digests(data, store.BLOCK_BYTES)),
+        "blocks": store._looked_through(data, store.BLOCK_BYTES)[0],
     }
     manifest = store.Manifest.model_construct(**(tree | changes))
     path.write_text(f"{manifest.model_dump_json()}\n{manifest.digest}\n")
