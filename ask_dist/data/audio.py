@@ -19,20 +19,21 @@ class BadSample(ValueError):
     """A clip that can't be used; the message says why."""
 
 
-def decode(data: bytes, longest: float | None = None) -> tuple[np.ndarray, int]:
+def decode(data: bytes, longest: float | None = None, room: np.ndarray | None = None) -> tuple[np.ndarray, int]:
     """Decode a whole audio file (whatever libsndfile reads: FLAC, WAV, OGG, MP3) and mix it down to mono.
 
     Args:
         data: the file's bytes.
         longest: in seconds; refuse what its header calls longer, before memory is taken for it. None: no limit.
+        room: float32 [any], that mono audio is decoded into if it is long enough; else it is left as it is.
 
     Returns:
-        float32 [samples] and the sample rate in Hz.
+        float32 [samples], which may be a part of `room`, and the sample rate in Hz.
 
     Raises:
         BadSample: undecodable, too long, empty, silent (peak below 1e-4), NaN or infinite.
     """
-    decoded = decode_channels(data, longest)
+    decoded = decode_channels(data, longest, room)
     audio = mono(decoded.samples)
     check(audio)
     return audio, decoded.rate
@@ -52,7 +53,7 @@ class Decoded:
     format: str
 
 
-def decode_channels(data: bytes, longest: float | None = None) -> Decoded:
+def decode_channels(data: bytes, longest: float | None = None, room: np.ndarray | None = None) -> Decoded:
     """Like `decode`, with all channels as they are and without a look at what they hold.
 
     Raises:
@@ -65,7 +66,9 @@ def decode_channels(data: bytes, longest: float | None = None) -> Decoded:
                 raise BadSample(f"too long: {seconds:.1f} s by its header, at most {longest:g} s are taken")
             if longest is not None and file.frames * file.channels > MOST_DECODED:
                 raise BadSample(f"too large: {file.channels} channels of {file.frames} samples")
-            samples = file.read(dtype="float32", always_2d=True)
+            fits = room is not None and file.channels == 1 and file.frames <= len(room)
+            out = room[: file.frames, None] if room is not None and fits else None
+            samples = file.read(dtype="float32", always_2d=True, out=out)
             return Decoded(samples, file.samplerate, file.format)
     except BadSample:
         raise

@@ -136,20 +136,22 @@ class LaneReader(IterableDataset[Part]):
 
     def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, turn: int, epoch: int) -> None:
         self._cut.held_out.refuse(raw)
-        audio, description = self._open(raw)
+        room = waveforms[place]
+        audio, description = self._open(raw, room)
         clip_id, captions = stable_id(raw.key), description["captions"]
         # Making a generator takes 6% of the time of decoding four seconds: only where there is something to draw.
         drawn = len(captions) > 1 or len(audio) > self._cut.samples
         rng = self._order.clip_rng(epoch, clip_id, turn) if drawn else None
         part.captions[place] = captions[rng.integers(len(captions)) if rng else 0]
-        waveforms[place] = fit_length(audio, self._cut.samples, rng)
+        if len(audio) != len(room) or not np.may_share_memory(audio, room):  # else it is where it belongs
+            room[:] = fit_length(audio, len(room), rng)
         part.ids[place], part.keys[place] = clip_id, raw.key
         part.swapped[place] = bool(description.get("swapped", False))
         part.valid[place] = True
 
-    def _open(self, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
+    def _open(self, raw: Raw, room: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         if self._cut.undecodable is None:
-            return open_clip(raw, self._cut.sample_rate, self._cut.max_seconds)
+            return open_clip(raw, self._cut.sample_rate, self._cut.max_seconds, room)
         description = open_description(raw)
         if raw.key in self._cut.undecodable:
             raise BadSample(self._cut.undecodable[raw.key])

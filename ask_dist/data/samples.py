@@ -147,8 +147,16 @@ def _read(stream: BinaryIO, shard: str, key: str, found: Sequence[tuple[str, Mem
     return Raw(shard, key, contents)
 
 
-def open_clip(raw: Raw, sample_rate: int, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, dict[str, Any]]:
+def open_clip(
+    raw: Raw, sample_rate: int, max_seconds: float = MAX_SECONDS, room: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Decode a clip.
+
+    Args:
+        raw: the clip.
+        sample_rate: in Hz; a sound at another rate is resampled.
+        max_seconds: longer audio is bad.
+        room: float32 [any], for `audio.decode`.
 
     Returns:
         float32 [samples] at `sample_rate`, and the JSON description, whose captions are a list of non-empty strings
@@ -158,7 +166,7 @@ def open_clip(raw: Raw, sample_rate: int, max_seconds: float = MAX_SECONDS) -> t
         BadSample: whatever keeps the clip from being used.
     """
     description = open_description(raw)
-    samples, rate = audio.decode(raw.sound, max_seconds)
+    samples, rate = audio.decode(raw.sound, max_seconds, room)
     return audio.resample(samples, rate, sample_rate), description
 
 

@@ -70,3 +70,22 @@ def test_fit_length() -> None:
     np.testing.assert_array_equal(fit_length(audio, 10, None), audio)
     starts = {fit_length(audio, 8, np.random.default_rng(seed))[0] for seed in range(50)}
     assert starts == {1, 2, 3}
+
+
+@pytest.mark.parametrize("samples", [60, 100])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+def test_mono_that_fits_is_decoded_where_there_is_room(samples: int, kind: str) -> None:
+    data = encoded(np.random.default_rng(0).uniform(-0.9, 0.9, samples), kind=kind, subtype="PCM_16")
+    room = np.full(100, 7.0, np.float32)
+    audio, _ = decode(data, room=room)
+    assert np.shares_memory(audio, room)
+    np.testing.assert_array_equal(audio, decode(data)[0])
+    np.testing.assert_array_equal(room[samples:], 7.0)
+
+
+@pytest.mark.parametrize("shape", [(101,), (50, 2)])
+def test_what_does_not_fit_leaves_the_room_as_it_is(shape: tuple[int, ...]) -> None:
+    data = encoded(np.random.default_rng(0).uniform(-0.9, 0.9, shape))
+    room = np.full(100, 7.0, np.float32)
+    np.testing.assert_array_equal(decode(data, room=room)[0], decode(data)[0])
+    np.testing.assert_array_equal(room, 7.0)
