@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,10 +43,12 @@ class Neighbours:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
     def paired(self) -> Neighbours:
         """Without the rows that are a text alone: what may be compared by audio."""
-        both = self.audio.any(dim=1)
+        both = self.audio.norm(dim=1) > 0
+        if both.all():
+            return self
         rows = {name: getattr(self, name)[both] for name in ("ids", "audio", "text", "age", "reliability")}
         return replace(self, **rows)
 
@@ -82,8 +86,21 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (p_term + q_term)
 
 
+def similarities(audio_features: Tensor, text_features: Tensor, rows: Tensor) -> Tensor:
+    """The inner products of both halves of the pairs with the same rows, in one product.
+
+    Args:
+        audio_features, text_features: float [local, dim].
+        rows: float [rows, dim].
+
+    Returns:
+        float [2 local, rows], those of the audio first.
+    """
+    return torch.cat([audio_features, text_features]) @ rows.T
+
+
 def bank_contrast(
-    features: Tensor, own: Tensor, rows: Tensor, neighbours: Neighbours, scale: Tensor, half_life: float
+    features: Tensor, own: Tensor, products: Tensor, neighbours: Neighbours, scale: Tensor, half_life: float
 ) -> Tensor:
     """InfoNCE of each query against the bank alone, fine granularity: its own stored row against the others.
 
@@ -94,7 +111,7 @@ def bank_contrast(
     Args:
         features: float [local, dim], queries with gradient.
         own: float [local, dim], the stored other half of each query's pair.
-        rows: float [rows, dim], the other modality's half of these neighbours.
+        products: float [local, rows], of the queries with the other modality's half of these neighbours.
         half_life: global steps.
 
     Returns:
@@ -102,26 +119,19 @@ def bank_contrast(
     """
     positive = scale * (features * own).sum(dim=1)
     older = (neighbours.age - neighbours.own_age.unsqueeze(1)).clamp(min=0.0)
-    negatives = scale * (features @ rows.T) - older * (math.log(2.0) / half_life)
+    negatives = scale * products - older * (math.log(2.0) / half_life)
     return torch.cat([positive.unsqueeze(1), negatives], dim=1).logsumexp(dim=1) - positive
 
 
-def consistency(
-    audio_features: Tensor, text_features: Tensor, bank_audio: Tensor, bank_text: Tensor, temperature: float
-) -> Tensor:
-    """How far the two halves of a pair disagree about the bank: mean of the divergences over its text and its audio.
+def consistency(products: Sequence[Tensor], temperature: float) -> Tensor:
+    """How far the halves of a pair disagree about the bank: the mean of their divergences over several sets of rows.
 
     Args:
-        audio_features, text_features: float [local, dim].
-        bank_audio, bank_text: float [rows, dim], neighbours (fine) or prototypes (coarse); there may be more texts.
-        temperature: of the four softmax distributions.
+        products: `similarities` with each set: the texts and the audio of neighbours (fine) or prototypes (coarse).
+        temperature: of the softmax distributions.
 
     Returns:
         float [local], nats in [0, ln 2].
     """
-    total = torch.zeros(len(audio_features), device=audio_features.device)
-    for rows in (bank_text, bank_audio):
-        by_audio = (audio_features @ rows.T / temperature).log_softmax(dim=1)
-        by_text = (text_features @ rows.T / temperature).log_softmax(dim=1)
-        total = total + jensen_shannon(by_audio, by_text)
-    return total / 2
+    halves = ((one / temperature).log_softmax(dim=1).chunk(2) for one in products)
+    return torch.stack([jensen_shannon(by_audio, by_text) for by_audio, by_text in halves]).mean(dim=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ask_dist.config import BatchLoss, Knowledge
 from ask_dist.losses.contrastive import info_nce, weighted_mean
 from ask_dist.losses.gather import GlobalBatch, gather
-from ask_dist.losses.injection import Neighbours, bank_contrast, consistency
+from ask_dist.losses.injection import Neighbours, bank_contrast, consistency, similarities
 from ask_dist.losses.reliability import (
     UNKNOWN,
     pair_reliability,
@@ -99,8 +99,11 @@ class AskObjective:
         contrast = self._batch_contrast(audio_features, text_features, logit_scale, logit_bias, batch)
         further = {}
         if use and neighbours is not None:
-            contrast = self._with_bank(contrast, audio_features, text_features, logit_scale, neighbours)
-            further = self._agreement(audio_features, text_features, batch, weights, neighbours)
+            products = [
+                similarities(audio_features, text_features, rows) for rows in (neighbours.text, neighbours.paired.audio)
+            ]
+            contrast = self._with_bank(contrast, audio_features, text_features, logit_scale, neighbours, products)
+            further = self._agreement(audio_features, text_features, batch, weights, neighbours, products)
         terms = {"contrast": weighted_mean(contrast, weights, batch), **further}
         loss = torch.stack(list(terms.values())).sum()
         detached = {name: term.detach() for name, term in terms.items()}
@@ -130,25 +133,40 @@ class AskObjective:
         by_audio = info_nce(audio, batch.text_features, scale, batch)
         return (by_audio + info_nce(text, batch.audio_features, scale, batch)) / 2
 
-    def _with_bank(self, contrast: Tensor, audio: Tensor, text: Tensor, scale: Tensor, known: Neighbours) -> Tensor:
+    def _with_bank(
+        self,
+        contrast: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        known: Neighbours,
+        products: list[Tensor],
+    ) -> Tensor:
         """float [local]: by contrast_weight the mean of both directions against the bank, where it holds the pair."""
-        share, heard = self.knowledge.contrast_weight, known.paired
+        share, (with_texts, with_audio) = self.knowledge.contrast_weight, products
         if share == 0:
             return contrast
-        wide = bank_contrast(audio, known.own_text, known.text, known, scale, self.half_life)
-        wide = wide + bank_contrast(text, known.own_audio, heard.audio, heard, scale, self.half_life)
+        local = len(audio)
+        wide = bank_contrast(audio, known.own_text, with_texts[:local], known, scale, self.half_life)
+        wide = wide + bank_contrast(text, known.own_audio, with_audio[local:], known.paired, scale, self.half_life)
         return torch.where(known.own_age >= 0, (1 - share) * contrast + share * wide / 2, contrast)
 
     def _agreement(
-        self, audio: Tensor, text: Tensor, batch: GlobalBatch, weights: Tensor, neighbours: Neighbours
+        self,
+        audio: Tensor,
+        text: Tensor,
+        batch: GlobalBatch,
+        weights: Tensor,
+        neighbours: Neighbours,
+        products: list[Tensor],
     ) -> dict[str, Tensor]:
         settings = self.knowledge
         terms = {}
         if settings.consistency_weight > 0:
-            fine = consistency(audio, text, neighbours.paired.audio, neighbours.text, settings.temperature)
+            fine = consistency(products, settings.temperature)
             terms["consistency"] = settings.consistency_weight * weighted_mean(fine, weights, batch)
         if settings.coarse_weight > 0 and neighbours.prototypes:
-            levels = [consistency(audio, text, a, t, settings.temperature) for a, t in neighbours.prototypes]
-            coarse = torch.stack(levels).mean(dim=0)
+            sets = [similarities(audio, text, rows) for level in neighbours.prototypes for rows in level]
+            coarse = consistency(sets, settings.temperature)
             terms["coarse"] = settings.coarse_weight * weighted_mean(coarse, weights, batch)
         return terms

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.prototypes import unit_rows
-from ask_dist.losses.injection import Neighbours, bank_contrast, consistency, jensen_shannon
+from ask_dist.losses.injection import Neighbours, bank_contrast, consistency, jensen_shannon, similarities
 
 
 def unit(rows: int, seed: int, dim: int = 6) -> Tensor:
@@ -38,7 +38,7 @@ def slow_bank_contrast(query: Tensor, own: Tensor, rows: Tensor, counts: list[fl
 def test_a_row_counts_by_how_much_older_it_is_than_the_pairs_own():
     known = neighbours(3, [0.0, 10.0, 20.0], [0.0, 10.0])
     features = unit(2, 3)
-    found = bank_contrast(features, known.own_text, known.text, known, torch.tensor(5.0), half_life=10.0)
+    found = bank_contrast(features, known.own_text, features @ known.text.T, known, torch.tensor(5.0), half_life=10.0)
     for place, counts in enumerate([[1.0, 0.5, 0.25], [1.0, 1.0, 0.5]]):
         wanted = slow_bank_contrast(features[place], known.own_text[place], known.text, counts, 5.0)
         assert float(found[place]) == pytest.approx(wanted, rel=1e-5)
@@ -46,8 +46,10 @@ def test_a_row_counts_by_how_much_older_it_is_than_the_pairs_own():
 
 def test_without_a_half_life_every_row_counts_in_full():
     known = neighbours(2, [0.0, 1e6], [0.0])
-    found = bank_contrast(unit(1, 3), known.own_audio, known.audio, known, torch.tensor(5.0), half_life=math.inf)
-    wanted = slow_bank_contrast(unit(1, 3)[0], known.own_audio[0], known.audio, [1.0, 1.0], 5.0)
+    features = unit(1, 3)
+    products = features @ known.audio.T
+    found = bank_contrast(features, known.own_audio, products, known, torch.tensor(5.0), half_life=math.inf)
+    wanted = slow_bank_contrast(features[0], known.own_audio[0], known.audio, [1.0, 1.0], 5.0)
     assert float(found) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -59,7 +61,8 @@ def test_a_drift_common_to_the_whole_bank_teaches_nothing():
     own = (stale[8:], stale[8:], torch.zeros(1), torch.ones(1))
     known = Neighbours(torch.arange(8), stale[:8], stale[:8], torch.zeros(8), *own, torch.ones(8))
     query = torch.cat([unit(1, 3), torch.zeros(1, 1)], dim=1).requires_grad_()
-    bank_contrast(query, known.own_text, known.text, known, torch.tensor(5.0), math.inf).sum().backward()
+    products = query @ known.text.T
+    bank_contrast(query, known.own_text, products, known, torch.tensor(5.0), math.inf).sum().backward()
     assert query.grad is not None
     assert abs(float(query.grad[0] @ age_direction)) < 1e-6
     assert float(query.grad.norm()) > 0.1
@@ -91,20 +94,24 @@ def slow_consistency(audio: Tensor, text: Tensor, bank_audio: Tensor, bank_text:
     return sum(divergences) / 4
 
 
+def disagreement(audio: Tensor, text: Tensor, bank_audio: Tensor, bank_text: Tensor, temperature: float) -> Tensor:
+    return consistency([similarities(audio, text, rows) for rows in (bank_text, bank_audio)], temperature)
+
+
 def test_consistency_agrees_with_a_loop():
     audio, text, bank_audio, bank_text = unit(4, 3), unit(4, 4), unit(9, 5), unit(9, 6)
     wanted = [slow_consistency(a, t, bank_audio, bank_text, 0.2) for a, t in zip(audio, text, strict=True)]
-    torch.testing.assert_close(consistency(audio, text, bank_audio, bank_text, 0.2), torch.tensor(wanted))
+    torch.testing.assert_close(disagreement(audio, text, bank_audio, bank_text, 0.2), torch.tensor(wanted))
 
 
 def test_halves_that_agree_cost_nothing_and_gradients_pull_others_together():
     bank_audio, bank_text = unit(9, 5), unit(9, 6)
     agreeing = unit(3, 7)
-    torch.testing.assert_close(consistency(agreeing, agreeing, bank_audio, bank_text, 0.1), torch.zeros(3))
+    torch.testing.assert_close(disagreement(agreeing, agreeing, bank_audio, bank_text, 0.1), torch.zeros(3))
     audio, text = unit(3, 8).requires_grad_(), unit(3, 9).requires_grad_()
-    before = consistency(audio, text, bank_audio, bank_text, 0.1)
+    before = disagreement(audio, text, bank_audio, bank_text, 0.1)
     before.sum().backward()
-    after = consistency(audio - 0.01 * audio.grad, text - 0.01 * text.grad, bank_audio, bank_text, 0.1)
+    after = disagreement(audio - 0.01 * audio.grad, text - 0.01 * text.grad, bank_audio, bank_text, 0.1)
     assert after.sum() < before.sum()
     assert (before <= math.log(2.0)).all()
 
