@@ -55,7 +55,7 @@ class KnowledgeBank:
         minimum_reliability: float = 0.0,
         max_age: int | None = None,
         index: Literal["flat", "ivf_flat", "ivf_pq"] = "flat",
-        probes: int = 16,
+        probes: int = 4,
         inverted_from: int = 50_000,
         recall: float = 0.95,
     ) -> None:

@@ -224,7 +224,7 @@ class Bank(Section):
         "flat", description="exact, or by inverted files of rows or codes"
     )
     inverted_from: Count = Field(50_000, description="rows from which there are inverted files; fewer: search is exact")
-    probes: Count = Field(16, description="least lists that a search of inverted files looks into")
+    probes: Count = Field(4, description="least lists that a search of inverted files looks into")
     recall: Share = Field(0.95, description="below it, inverted files are trained anew")
     shards: Count = Field(1, description="actors that the rows are split over")
     replicas: Count = Field(1, description="actors that search a shard; all but the first are copies that follow it")

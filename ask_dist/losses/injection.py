@@ -46,7 +46,7 @@ class Neighbours:
     @cached_property
     def paired(self) -> Neighbours:
         """Without the rows that are a text alone: what may be compared by audio."""
-        both = self.audio.norm(dim=1) > 0
+        both = self.audio.norm(dim=1) != 0  # what is no number counts: it shows in the loss, and the step is left out
         if both.all():
             return self
         rows = {name: getattr(self, name)[both] for name in ("ids", "audio", "text", "age", "reliability")}
