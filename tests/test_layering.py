@@ -19,7 +19,19 @@ ONLY_IN = {"deepspeed": "train.engine", "faiss": "bank.index", "torch_geometric"
 NO_RAY = {
     "": ["config", "errors", "files", "processor", "losses", "models", "data", "evaluate", "export", "plan"],
     "bank.": [
-        *("messages", "memory", "rows", "index", "inverted", "prototypes", "store", "journal", "durable", "external"),
+        *(
+            "messages",
+            "memory",
+            "rows",
+            "index",
+            "inverted",
+            "prototypes",
+            "snapshot",
+            "store",
+            "journal",
+            "durable",
+            "external",
+        ),
         *("shard", "local"),
     ],
     "refine.": ["graph", "gnn", "strategies", "refiner"],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from ask_dist.bank import external, store
+from ask_dist.bank import external, snapshot, store
 from ask_dist.bank.durable import DurableBank
 from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes
@@ -111,7 +111,7 @@ class BankActor:
         place, durable = Path(folder), self._durable
         with writing(place):
             path = durable.save(place) if durable else store.save(place, self._bank.state(), keep=1)
-            return store.read_manifest(path).digest
+            return snapshot.read_manifest(path).digest
 
     @ray.method(max_task_retries=-1)
     def load(self, folders: Sequence[str], shard: int = 0, shards: int = 1) -> None:

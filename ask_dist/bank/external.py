@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.bank.memory import COUNTERS
 from ask_dist.bank.messages import EXTERNAL, State
 from ask_dist.errors import InputError
@@ -27,7 +27,7 @@ def load(folder: Path | str, weights: str, dim: int) -> State:
         InputError: no whole bank there, or one that other weights encoded, or one of another width.
     """
     path, state = store.newest(folder)
-    told = store.read_manifest(path)
+    told = snapshot.read_manifest(path)
     if told.weights != weights:
         raise InputError(
             f"bank.from={folder} was not encoded by the weights of model.from ({told.source or 'source unknown'}); "

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Modality
 from ask_dist.config import Config
@@ -149,8 +149,8 @@ def inspect(folder: Path, console: Console) -> None:
     table = Table("snapshot", "rows", "dim", "dtype", "generation", "newest step", "MiB", "content", "source")
     for path in _snapshots(folder):
         try:
-            told = store.read_manifest(path)
-        except store.DamagedSnapshot:
+            told = snapshot.read_manifest(path)
+        except snapshot.DamagedSnapshot:
             table.add_row(path.stem, "[red]damaged[/]")
             continue
         facts = (told.rows, told.dim, told.dtype, told.generation, told.newest_step, f"{told.bytes / 2**20:.1f}")
@@ -167,9 +167,9 @@ def verify(folder: Path, console: Console) -> None:
     damaged = []
     for path in _snapshots(folder):
         try:
-            rows = store.verify(path).rows
+            rows = snapshot.verify(path).rows
             console.print(f"{path.stem}: {rows} rows, every checksum right", highlight=False)
-        except store.DamagedSnapshot as error:
+        except snapshot.DamagedSnapshot as error:
             damaged.append(str(error))
     if damaged:
         raise InputError("; ".join(damaged))

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.files import write_atomically, writing
@@ -191,11 +191,11 @@ def load_manifest(folder: Path, expected_lineage: str) -> Manifest:
 def _check_bank(folder: Path, digest: str) -> None:
     try:
         newest = store.snapshots(folder)[0]
-        if store.check(newest).digest != digest:
+        if snapshot.check(newest).digest != digest:
             raise DamagedCheckpoint(f"{newest} is another snapshot than that of the checkpoint")
     except IndexError:
         raise DamagedCheckpoint(f"{folder} is missing or damaged (it holds no snapshot of a bank)") from None
-    except store.DamagedSnapshot as error:
+    except snapshot.DamagedSnapshot as error:
         raise DamagedCheckpoint(f"{folder} is missing or damaged ({error})") from None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.bank.actor import RemoteBankActor
 from ask_dist.bank.client import BankClient
 from ask_dist.bank.memory import KnowledgeBank
@@ -139,7 +139,7 @@ def test_a_durable_bank_that_is_killed_comes_back_with_all_that_it_took(start_ac
     assert ray.get(actor.upsert.remote(*rows, None, 3)) == bank.upsert(*rows, None, 3)
     killed(actor)
     digest = ray.get(actor.save.remote(str(tmp_path / "checkpoint")))
-    assert store.read_manifest(store.snapshots(tmp_path / "bank")[0]).digest == digest
+    assert snapshot.read_manifest(store.snapshots(tmp_path / "bank")[0]).digest == digest
     some = (rows[0][:7], -rows[1][:7], rows[2][:7], np.full(7, 0.5, np.float32), 4)
     assert ray.get(actor.upsert.remote(*some)) == bank.upsert(*some)
     seen = ray.get(actor.snapshot.remote())

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ask_dist.bank import durable, store
+from ask_dist.bank import durable, snapshot, store
 from ask_dist.bank.durable import DurableBank, journals, recover
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, State
@@ -242,7 +242,7 @@ def test_a_checkpoint_shares_the_snapshot_and_outlives_it(start, tmp_path):
         write(bank, number)
     path = bank.save(checkpoint)
     shared = store.snapshots(tmp_path / "bank")[0]
-    assert store.read_manifest(shared).digest == store.read_manifest(path).digest
+    assert snapshot.read_manifest(shared).digest == snapshot.read_manifest(path).digest
     assert os.path.samefile(shared.with_suffix(".safetensors"), path.with_suffix(".safetensors"))
     for number in range(20, 30):
         write(bank, number)

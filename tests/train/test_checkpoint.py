@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from ask_dist import config as configuration
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.errors import InputError
 from ask_dist.train import checkpoint
@@ -30,7 +30,7 @@ CONTENT = {"engine": ENGINE, "arrays": {"refiner": REFINER}, "samples_seen": 448
 def save_bank(folder: Path) -> str:
     bank = KnowledgeBank(dim=2, capacity=9)
     bank.upsert(np.array([5, 7, 8]), np.eye(3, 2), np.eye(3, 2), None, step=3)
-    return store.read_manifest(store.save(folder, bank.state(), keep=1)).digest
+    return snapshot.read_manifest(store.save(folder, bank.state(), keep=1)).digest
 
 
 @pytest.fixture
