@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Loaded once by the server that all ranks are forked from: every one of them would take seconds for it.
+mp.set_forkserver_preload(["deepspeed", "transformers"])
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
     """What `function(rank, *arguments)` returns (tensors, numbers, lists, dicts) in each of `world_size` processes.
@@ -20,7 +23,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
         folder: an empty folder for the rendezvous and the results.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_rank, args=(world_size, str(folder), function, arguments), nprocs=world_size)
+    mp.start_processes(
+        _rank, args=(world_size, str(folder), function, arguments), nprocs=world_size, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -32,7 +32,7 @@ def measured(threads: float) -> list[int]:
     return json.loads(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout)
 
 
-@pytest.mark.parametrize(("reserved", "threads"), [(0.5, 1), (1, 1), (2, 2), (3.5, 3)])
+@pytest.mark.parametrize(("reserved", "threads"), [(0.5, 1), (3.5, 3)])
 def test_torch_gets_a_thread_for_each_whole_core(reserved, threads):
     assert measured(reserved)[0] == threads
 

@@ -245,7 +245,7 @@ def test_memory_of_a_generation_follows_the_bank_in_float16():
     assert taken < 4 * rows + 100 * 2**20  # and the work on a part and on the known rows
 
 
-@pytest.mark.parametrize("strategy", ["knn_mean", "gnn"])
+@pytest.mark.parametrize("strategy", ["knn_mean", pytest.param("gnn", marks=pytest.mark.slow)])
 def test_what_more_rows_add_to_it_is_themselves_whoever_searches_for_neighbours(strategy):
     (small, few), (large, many) = (memory(strategy, rows, 64) for rows in (100_000, 200_000))
     # Neighbours of all rows at once would add 16 rows of float32 a row: 16 times what both its halves take here.
