@@ -99,8 +99,8 @@ def finishes(*arguments: str | Path) -> str:
 def check_banks(run: Path) -> int:
     """Sees that each checkpoint has its bank as it then was, reading every byte; the global step of the last."""
     for manifest in checkpoints(run):
-        step, (snapshot,) = json.loads(manifest.read_text())["global_step"], store.snapshots(manifest.parent / "bank")
-        assert step - 5 < int(snapshot.read(snapshot)["newest_step"]) < step  # upserts are not waited for
+        step, (path,) = json.loads(manifest.read_text())["global_step"], store.snapshots(manifest.parent / "bank")
+        assert step - 5 < int(snapshot.read(path)["newest_step"]) < step  # upserts are not waited for
     return step
 
 
