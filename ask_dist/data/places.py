@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import inspect
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,16 @@ def reach(url: str, connect_seconds: float, read_seconds: float) -> tuple[Any, s
     """As `filesystem`, of any scheme; gives up on a server that is silent for so long. Raises ImportError."""
     options: dict[str, Any] = {}
     scheme = url.split("://", 1)[0]
-    if scheme in ("http", "https"):
+    if scheme in ("http", "https", "gs", "gcs"):
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds)
+        if scheme in ("gs", "gcs"):
+            # Not the class that gcsfs names: it asks by gRPC first, for up to a minute, what kind of bucket it is.
+            from gcsfs.core import GCSFileSystem
+
+            bucket = _asked_once(GCSFileSystem)(requests_timeout=limits, session_kwargs={"trust_env": True})
+            return bucket, bucket._strip_protocol(url)
         options = {"client_kwargs": {"timeout": limits, "trust_env": True}}
     elif scheme == "s3":
         seconds = {"connect_timeout": connect_seconds, "read_timeout": read_seconds}
@@ -54,12 +62,31 @@ def reach(url: str, connect_seconds: float, read_seconds: float) -> tuple[Any, s
     return files, path
 
 
+@cache
+def _asked_once(kind: Any) -> Any:
+    """gcsfs' file system without its six tries, which are in its methods: who asks tries again, they would multiply."""
+    tries = {
+        name: method.__wrapped__
+        for name, method in vars(kind).items()
+        if inspect.iscoroutinefunction(method) and hasattr(method, "__wrapped__")
+    }
+    return type(kind.__name__, (kind,), tries)
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that a library's error carries, or None."""
+    if type(error) is OSError and str(error).startswith("Forbidden: "):  # all that gcsfs says of a 403
+        return 403
+    status = getattr(error, "status" if hasattr(error, "status") else "code", None)
+    return status if isinstance(status, int) else None
+
+
 def may_pass(error: Exception) -> bool:
     """Whether another try can help: not against what is missing or forbidden."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return False
-    status = getattr(error, "status", None)
-    return not isinstance(status, int) or status >= 500 or status in (408, 429)
+    status = status_of(error)
+    return status is None or status >= 500 or status in (408, 429)
 
 
 def expand(place: str | Path) -> list[tuple[str, tuple[str, ...]]]:
@@ -103,5 +130,6 @@ def _matches(folder: str) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, or its kind where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, or its kind where it says nothing, or no more than a name."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"not found: {said}" if isinstance(error, FileNotFoundError) and " " not in said else said

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.places import may_pass, one_line, reach
+from ask_dist.data.places import may_pass, one_line, reach, status_of
 from ask_dist.data.table import URL
 from ask_dist.errors import InputError
 
@@ -71,7 +71,7 @@ class Source:
             return "not found"
         if isinstance(error, TimeoutError):
             return f"no answer within {self.timeout:g} s"
-        status = getattr(error, "status", None)
+        status = status_of(error)
         return f"it answers {status}" if status else f"{type(error).__name__} {one_line(error)}"
 
     def _download_once(self, url: str) -> bytes:

@@ -72,7 +72,8 @@ def test_pipes_are_folders_that_do_not_exist() -> None:
 def test_an_object_store_without_its_library_says_what_to_install(
     url: str, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, library, None)  # as where it is not installed
+    for module in (library, f"{library}.core"):  # as where it is not installed
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(_registry, url.split(":")[0], raising=False)  # nor was before
     with pytest.raises(InputError, match=f"needs {library}: pip install {library}"):
         filesystem(url)

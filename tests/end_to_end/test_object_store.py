@@ -23,10 +23,12 @@ def losses(folder: Path) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_run_on_a_bucket_has_the_losses_of_the_run_on_the_folder(
-    config_file: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, config_file: Path, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with serving_bucket("tones", monkeypatch) as bucket:
+    (tmp_path / "nobody").mkdir()
+    with serving_bucket(scheme, "tones", monkeypatch, tmp_path / "nobody") as bucket:
         places = [f"data.cache_dir={tmp_path / 'cache'}"]
         for split in ("train", "validation", "test"):
             bucket.put(tones / split, split)
