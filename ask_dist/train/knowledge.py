@@ -23,6 +23,7 @@ from ask_dist.losses.reliability import UNKNOWN
 from ask_dist.train import checkpoint
 
 MINIMUM_ANSWERS = 50
+PUT_SECONDS = 60.0  # a bank that died is back within seconds, with rows of its own within some more
 
 
 class KnowledgeSource:
@@ -107,10 +108,14 @@ class KnowledgeSource:
 
         Raises:
             InputError: the bank has no room for them.
+            RayActorError: the bank died meanwhile; other shards of it may have their rows.
+            GetTimeoutError: the bank said nothing for `PUT_SECONDS`, in a run that is not deterministic. It takes the
+                rows once it can.
         """
+        limit = None if self._deterministic else PUT_SECONDS
         for _ in self._turns():
             for call in self._bank.upsert(ids, audio, text, np.full(len(ids), UNKNOWN, np.float32), global_step):
-                answer(call)
+                answer(call, limit)
 
     def begin(self) -> None:
         """Lets the refiner note the bank as it is: what it carries external rows on from."""
@@ -195,10 +200,10 @@ def load_actors(actors: Actors, folder: Path | None) -> None:
         answer(call)
 
 
-def answer(call: Any) -> Any:
-    """What an actor answers; an InputError there is one here."""
+def answer(call: Any, seconds: float | None = None) -> Any:
+    """What an actor answers, within so many seconds or whenever it does; an InputError there is one here."""
     try:
-        return ray.get(call)
+        return ray.get(call, timeout=seconds)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import AllBad
+from ask_dist.data.places import one_line
 from ask_dist.data.shards import ShardList
 from ask_dist.evaluate.encode import caption_rows, encode, no_rows, paired_rows
 from ask_dist.evaluate.external import load_corpus
 from ask_dist.models.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
+    from ask_dist.train.knowledge import KnowledgeSource
     from ask_dist.train.state import TrainState
 
 PART = 1024  # clips or captions that a worker holds at a time
@@ -29,7 +31,7 @@ def reencode(state: TrainState) -> None:
     """Encodes `refine.corpus`, or else the training clips, each worker its share, and writes the rows to the bank.
 
     They are rows of this global step; where the bank has got a later one meanwhile, that one stays. Training waits. A
-    bank that is being restarted misses some of them until the next time. A collective.
+    collective.
 
     Raises:
         InputError: the corpus can't be had any more, or the bank has no room for it.
@@ -40,13 +42,31 @@ def reencode(state: TrainState) -> None:
     place, step = state.config.refine.corpus, state.engine.global_step
     corpus = state.shards["train"] if place is None else load_corpus(place, state.config)
     model = state.engine.whole()
-    for rows in share_of(corpus, model, state.config, state.rank, state.world_size, state.held_out):
+    parts = share_of(corpus, model, state.config, state.rank, state.world_size, state.held_out)
+    put_parts(state.knowledge, parts, step, deterministic=state.config.optimization.deterministic)
+
+
+def put_parts(
+    knowledge: KnowledgeSource, parts: Iterable[tuple[np.ndarray, ...]], step: int, *, deterministic: bool
+) -> None:
+    """Writes the parts of `share_of` to the bank, as rows of this global step.
+
+    A bank that dies costs a part, and what it held if it is not durable, until the next time; one that is silent for
+    `PUT_SECONDS` all further parts.
+
+    Raises:
+        InputError: the bank has no room for them.
+        RayActorError: the bank died, and the run is deterministic.
+    """
+    for rows in parts:
         try:
-            state.knowledge.put(*rows, global_step=step)
-        except RayActorError as error:
-            if state.config.optimization.deterministic:
+            knowledge.put(*rows, global_step=step)
+        except (RayActorError, GetTimeoutError) as error:
+            if deterministic:
                 raise
-            log.warning("the bank did not take %d rows, which stay as they are: %s", len(rows[0]), error)
+            log.warning("the bank did not take %d rows, which stay as they are: %s", len(rows[0]), one_line(error))
+            if isinstance(error, GetTimeoutError):
+                return
 
 
 def share_of(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -17,8 +22,9 @@ from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.models import saved
-from ask_dist.train import checkpoint
+from ask_dist.train import checkpoint, knowledge
 from ask_dist.train.knowledge import KnowledgeSource, load_actors, save_bank
+from ask_dist.train.reencode import put_parts
 from tests.finished_run import noise_corpus, untrained_run
 
 pytestmark = pytest.mark.ray
@@ -125,6 +131,49 @@ def test_rows_that_are_put_are_there_or_it_is_told(started, shards):
     assert link.last_metrics()["bank/rows"] == ROWS
     with pytest.raises(InputError, match=r"rows exceed the bank's capacity of .*: raise bank\.capacity"):
         link.put(np.arange(ROWS, 3 * ROWS), np.tile(rows, (2, 1)), np.tile(rows, (2, 1)), 0)
+
+
+@pytest.fixture
+def held(started):
+    """A link to a bank of 120 rows, ids from 0, which is not deterministic, and the bank's process, stopped."""
+    link, actors = started({"optimization": {"deterministic": False}})
+    rows = unit_rows(np.random.default_rng(6).normal(size=(ROWS, DIM))).astype(np.float32)
+    link.put(np.arange(ROWS), rows, rows, 0)
+    process = ray.get(actors.bank[0][0].__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(process, signal.SIGSTOP)
+    yield link, process
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+
+
+def parts_of(count: int, taken: list[int]) -> Iterator[tuple[np.ndarray, ...]]:
+    """So many parts of 120 rows each, ids from 1000 on; notes which were taken."""
+    rows = unit_rows(np.random.default_rng(7).normal(size=(ROWS, DIM))).astype(np.float32)
+    for part in range(count):
+        taken.append(part)
+        yield np.arange(ROWS) + 1000 * (part + 1), rows, rows
+
+
+def test_a_bank_that_dies_while_it_is_written_to_costs_what_it_had_and_one_part(held):
+    link, process = held
+    killing = threading.Timer(0.5, os.kill, (process, signal.SIGKILL))  # it waits in the first part's call by then
+    killing.start()
+    taken = []
+    put_parts(link, parts_of(4, taken), 1, deterministic=False)
+    killing.join()
+    assert taken == [0, 1, 2, 3]
+    assert link.last_metrics()["bank/rows"] == 3 * ROWS
+    assert sorted(set(link.stored_rows(np.arange(10_000)).ids // 1000)) == [2, 3, 4]
+
+
+def test_a_bank_that_hangs_while_it_is_written_to_is_left_alone_until_the_next_time(held, monkeypatch):
+    link, process = held
+    monkeypatch.setattr(knowledge, "PUT_SECONDS", 0.2)
+    taken = []
+    put_parts(link, parts_of(4, taken), 1, deterministic=False)
+    assert taken == [0]
+    os.kill(process, signal.SIGCONT)
+    assert link.last_metrics()["bank/rows"] == 2 * ROWS  # what it was sent it takes after all
 
 
 def test_a_deterministic_step_asks_for_itself_and_ends_with_its_bank(started):
