@@ -162,7 +162,7 @@ class _Run:
             return self.denominators.loss(ids, audio, text, scale).mean()
         if self.arm.loss in ("info_nce", "siglip"):
             return self.objective(*features, ids).loss
-        neighbours = self.knowledge.neighbours(ids) if progress >= self._first_gate() else None
+        neighbours = self.knowledge.neighbours(ids) if progress >= self.arm.knowledge.asked_from else None
         output = self.objective(*features, ids, neighbours=neighbours, progress=progress)
         known = output.reliability >= 0
         self.reliability[ids[known]] = output.reliability[known]
@@ -183,10 +183,6 @@ class _Run:
             if self.swapped.any() and known.any():
                 metrics["auroc"] = 100.0 * auroc(self.reliability.numpy()[known], ~self.swapped[known])
         return Outcome(metrics)
-
-    def _first_gate(self) -> float:
-        settings = self.arm.knowledge
-        return min(settings.start, settings.reliability.start if settings.reliability.enabled else 1.0)
 
     def _texts(self, ids: Tensor) -> Tensor:
         return _trimmed(self.text[ids])

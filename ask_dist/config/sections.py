@@ -211,6 +211,11 @@ class Knowledge(Section):
     coarse_weight: Weight = Field(0.25, description="agreement over the prototypes (coarse)")
     reliability: Reliability = Reliability()
 
+    @property
+    def asked_from(self) -> float:
+        """Share of the run after which the bank is asked for neighbours, for the first of the gates."""
+        return min(self.start, self.reliability.start) if self.reliability.enabled else self.start
+
 
 class Bank(Section):
     """The knowledge bank."""

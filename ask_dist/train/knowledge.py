@@ -50,10 +50,7 @@ class KnowledgeSource:
         self._client = BankClient(
             self._bank, max_in_flight=config.bank.max_in_flight, deterministic=self._deterministic
         )
-        gates = [config.knowledge.start]
-        if config.knowledge.reliability.enabled:
-            gates.append(config.knowledge.reliability.start)
-        self._start = min(gates)
+        self._start = config.knowledge.asked_from
         self._asked = self._missed = 0
         self._polls: dict[Any, Any] = {}
         self._said: dict[Any, dict[str, float]] = {}  # the last metrics of each actor

@@ -34,7 +34,7 @@ from ask_dist.train.embeddings import cached_embeddings
 from ask_dist.train.engine import Engine
 from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
 from ask_dist.train.profiling import FOLDER, TracingClock, memory
-from ask_dist.train.reencode import reencode
+from ask_dist.train.reencode import is_due, reencode
 from ask_dist.train.state import TrainState
 from ask_dist.train.step import train_step
 from ask_dist.train.trackers import feeds
@@ -146,7 +146,7 @@ def train(state: TrainState) -> None:
         step = state.engine.global_step
         last = step == state.total_steps
         if state.knowledge and step % refine_every == 0:
-            if state.config.refine.strategy == "reencode":
+            if is_due(state.config, step, refine_every, state.total_steps):
                 with state.clock("reencode"):
                     reencode(state)
             state.knowledge.refine()

@@ -27,6 +27,13 @@ PART = 1024  # clips or captions that a worker holds at a time
 log = logging.getLogger(__name__)
 
 
+def is_due(config: Config, step: int, every: int, total_steps: int) -> bool:
+    """Whether the corpus is encoded after so many global steps: each `every`, from the last time before the bank is
+    first asked. What was encoded before that time would be written over unseen."""
+    reaches = (step + every) / total_steps  # of the step that this time's rows are the last to be asked for
+    return config.refine.strategy == "reencode" and step % every == 0 and reaches >= config.knowledge.asked_from
+
+
 def reencode(state: TrainState) -> None:
     """Encodes `refine.corpus`, or else the training clips, each worker its share, and writes the rows to the bank.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,33 @@ def encoded(corpus: ShardList | list[str], run: Path, ranks: int, held_out: Held
     return by_id(
         *(np.concatenate(column) for column in zip(*(part for share in shares for part in share), strict=True))
     )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_only_passes_that_no_question_to_the_bank_meets_are_left_out(deterministic):
+    for total, every, gate in itertools.product((7, 20, 50), (1, 3, 5, 20), (0.0, 0.1, 0.12, 0.25, 0.5, 1.0)):
+        config = configuration.parse(
+            {
+                "name": "schedule",
+                "data": {"train": "unread"},
+                "knowledge": {"start": 0.6, "reliability": {"start": gate}},
+                "refine": {"strategy": "reencode"},
+            }
+        )
+        due = [step for step in range(1, total + 1) if reencode.is_due(config, step, every, total)]
+        first = config.knowledge.asked_from
+        # In the step after so many: for that one, or for the one that follows, see KnowledgeSource.exchange.
+        asked = [step for step in range(total) if (step + (not deterministic)) / total >= first]
+        met = {step // every * every for step in asked} - {0}
+        assert met <= set(due)
+        assert len([step for step in due if asked and step + every <= asked[0]]) <= deterministic
+        assert [step for step in due if step % every] == []
+        assert total % every or total in due  # the bank that a run leaves is as its last weights are
+
+
+def test_other_strategies_encode_nothing_again():
+    config = configuration.parse({"name": "schedule", "data": {"train": "unread"}})
+    assert not any(reencode.is_due(config, step, 1, 9) for step in range(1, 10))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
