@@ -58,8 +58,8 @@ def put_parts(
 ) -> None:
     """Writes the parts of `share_of` to the bank, as rows of this global step.
 
-    A bank that dies costs a part, and what it held if it is not durable, until the next time; one that is silent for
-    `PUT_SECONDS` all further parts.
+    A bank that dies costs the parts that it is sent until it is back, and what it held if it is not durable, up to the
+    next time; one that is silent for `PUT_SECONDS` all further parts.
 
     Raises:
         InputError: the bank has no room for them.

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -135,13 +136,13 @@ def test_rows_that_are_put_are_there_or_it_is_told(started, shards):
 
 @pytest.fixture
 def held(started):
-    """A link to a bank of 120 rows, ids from 0, which is not deterministic, and the bank's process, stopped."""
+    """A link to a bank of 120 rows, ids from 0, which is not deterministic, the bank, and its process, stopped."""
     link, actors = started({"optimization": {"deterministic": False}})
     rows = unit_rows(np.random.default_rng(6).normal(size=(ROWS, DIM))).astype(np.float32)
     link.put(np.arange(ROWS), rows, rows, 0)
     process = ray.get(actors.bank[0][0].__ray_call__.remote(lambda _: os.getpid()))
     os.kill(process, signal.SIGSTOP)
-    yield link, process
+    yield link, actors.bank[0][0], process
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGCONT)
 
@@ -154,12 +155,26 @@ def parts_of(count: int, taken: list[int]) -> Iterator[tuple[np.ndarray, ...]]:
         yield np.arange(ROWS) + 1000 * (part + 1), rows, rows
 
 
-def test_a_bank_that_dies_while_it_is_written_to_costs_what_it_had_and_one_part(held):
-    link, process = held
+def up(bank) -> bool:
+    try:
+        return ray.get(bank.ping.remote()) >= 0
+    except ray.exceptions.RayActorError:
+        return False
+
+
+def test_a_bank_that_dies_while_it_is_written_to_costs_what_it_had_and_what_it_is_sent_meanwhile(held):
+    link, bank, process = held
+
+    def slow_parts() -> Iterator[tuple[np.ndarray, ...]]:
+        for rows in parts_of(4, taken):
+            yield rows
+            while not up(bank):  # encoding takes longer than Ray does to restart it
+                time.sleep(0.05)
+
     killing = threading.Timer(0.5, os.kill, (process, signal.SIGKILL))  # it waits in the first part's call by then
     killing.start()
     taken = []
-    put_parts(link, parts_of(4, taken), 1, deterministic=False)
+    put_parts(link, slow_parts(), 1, deterministic=False)
     killing.join()
     assert taken == [0, 1, 2, 3]
     assert link.last_metrics()["bank/rows"] == 3 * ROWS
@@ -167,7 +182,7 @@ def test_a_bank_that_dies_while_it_is_written_to_costs_what_it_had_and_one_part(
 
 
 def test_a_bank_that_hangs_while_it_is_written_to_is_left_alone_until_the_next_time(held, monkeypatch):
-    link, process = held
+    link, _, process = held
     monkeypatch.setattr(knowledge, "PUT_SECONDS", 0.2)
     taken = []
     put_parts(link, parts_of(4, taken), 1, deterministic=False)
