@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.bank.durable import recover
 from ask_dist.bank.memory import KnowledgeBank
 from tests.end_to_end.command import ask_dist, environment
