@@ -156,6 +156,11 @@ def _check_inputs(config: Config) -> None:
     sources = len(config.data.train) if isinstance(config.data.train, tuple) else 1
     if config.data.weights is not None and len(config.data.weights) != sources:
         raise ValueError(f"data.weights has {len(config.data.weights)} numbers for {sources} entries of data.train")
+    if config.data.fingerprints and config.data.validation is None and config.data.test is None:
+        raise ValueError(
+            "data.fingerprints=true compares with data.validation and data.test, which are null; name one of them, or "
+            "set it to false"
+        )
     masked = max(config.augment.time_mask, config.augment.frequency_mask)
     if masked and config.model.audio.freeze:
         raise ValueError(

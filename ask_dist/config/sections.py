@@ -75,6 +75,9 @@ class Data(Section):
         20.0, description="size of that folder and of the cached vectors, each beyond what is in use"
     )
     audit: bool = Field(False, description="write what each step trained on into the run's audit.jsonl")
+    fingerprints: bool = Field(
+        False, description="refuse in training and in banks also what sounds like a held-out clip"
+    )
     cache_embeddings: bool = Field(False, description="vectors of frozen towers are computed once and kept on disk")
 
 

@@ -151,7 +151,9 @@ class LaneReader(IterableDataset[Part]):
 
     def _open(self, raw: Raw, room: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         if self._cut.undecodable is None:
-            return open_clip(raw, self._cut.sample_rate, self._cut.max_seconds, room)
+            audio, description = open_clip(raw, self._cut.sample_rate, self._cut.max_seconds, room)
+            self._cut.held_out.refuse_likeness(raw, audio, self._cut.sample_rate)
+            return audio, description
         description = open_description(raw)
         if raw.key in self._cut.undecodable:
             raise BadSample(self._cut.undecodable[raw.key])

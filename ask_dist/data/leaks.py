@@ -1,17 +1,24 @@
-"""Keeping what is held out for testing away from training and from banks: by key, by sound, and captions alone."""
+"""Keeping what is held out for testing away from training and from banks: by key, by sound, and captions alone.
+
+Sounds are the same if their samples or bytes are; with fingerprints also if they sound the same.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ask_dist.data.audio import BadSample
+import numpy as np
+
+from ask_dist.data.audio import BadSample, decode
+from ask_dist.data.fingerprints import Fingerprint, Fingerprints, fingerprint
 from ask_dist.data.quarantine import Record
-from ask_dist.data.samples import Raw, describe, read_clips, read_heads
+from ask_dist.data.samples import MAX_SECONDS, Raw, describe, read_clips, read_heads
 from ask_dist.data.shards import ShardList, stable_id
 
 LEAK = "held out"  # how the reason begins for which a clip was refused
@@ -26,18 +33,31 @@ class HeldOut:
         keys: their keys, each with the name of its split.
         sounds: `sound_digest` of each, with split and key.
         captions: `words` of each of their captions, with split and key.
+        fingerprints: of each that has one, by split and key; None: likeness is not looked for.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
     sounds: Mapping[bytes, str] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Fingerprints | None = None
+    # What clips were found to sound like, by `stable_id` of shard and key: later epochs need not look again.
+    _likeness: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, splits: Mapping[str, ShardList]) -> HeldOut:
-        """Reads all shards of the splits but `train`, undecoded; what can't be read is passed over."""
+    def of(
+        cls, splits: Mapping[str, ShardList], *, fingerprints: bool = False, max_clip_seconds: float = MAX_SECONDS
+    ) -> HeldOut:
+        """Reads all shards of the splits but `train`; what can't be read is passed over.
+
+        Args:
+            splits: shards by the names of their splits.
+            fingerprints: decode the sounds and take their fingerprints, which costs milliseconds a clip.
+            max_clip_seconds: longer ones get none.
+        """
         keys: dict[str, str] = {}
         sounds: dict[bytes, str] = {}
         captions: dict[str, str] = {}
+        prints: list[tuple[str, Fingerprint]] = []
         for split, shards in splits.items():
             if split == "train":
                 continue
@@ -45,13 +65,22 @@ class HeldOut:
                 for raw in read_clips(shards, shard, 0, count):
                     if not raw.key:
                         continue
-                    keys[raw.key] = split
+                    keys[raw.key], name = split, f"{split} as {raw.key}"
                     if raw.has_sound:
-                        sounds[sound_digest(raw.sound)] = f"{split} as {raw.key}"
+                        sounds[sound_digest(raw.sound)] = name
                     with suppress(BadSample, KeyError):
                         told = describe(raw.members["json"])["captions"]
-                        captions |= {words(caption): f"{split} as {raw.key}" for caption in told}
-        return cls(keys, sounds, captions)
+                        captions |= {words(caption): name for caption in told}
+                    if fingerprints:
+                        with suppress(BadSample):
+                            prints.append((name, fingerprint(*decode(raw.sound, max_clip_seconds))))
+        return cls(keys, sounds, captions, Fingerprints(prints) if fingerprints else None)
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal, of all that a sound is compared with; the same on every machine."""
+        told = sorted((sound.hex(), name) for sound, name in self.sounds.items())
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
     def refuse(self, raw: Raw) -> None:
         """Raises BadSample for a clip that has the key or the sound of one that is held out."""
@@ -61,6 +90,22 @@ class HeldOut:
             found = self.sounds.get(sound_digest(raw.sound))
             if found is not None:
                 raise BadSample(f"{LEAK}: the same sound is in {found}")
+
+    def refuse_likeness(self, raw: Raw, audio: np.ndarray, rate: int) -> None:
+        """Raises BadSample for a clip that sounds like one that is held out, where fingerprints are compared.
+
+        Args:
+            raw: the clip.
+            audio: float32 [samples], all of its sound.
+            rate: in Hz.
+        """
+        if self.fingerprints is None:
+            return
+        clip = stable_id(f"{raw.shard} {raw.key}")
+        if clip not in self._likeness:
+            self._likeness[clip] = self.fingerprints.match(audio, rate)
+        if self._likeness[clip] is not None:
+            raise BadSample(f"{LEAK}: it sounds like {self._likeness[clip]}")
 
     def refuse_caption(self, caption: str) -> None:
         """Raises BadSample for a caption without audio that reads as one that is held out.
@@ -78,7 +123,8 @@ class HeldOut:
 def audit(shards: ShardList, held_out: HeldOut) -> list[Record]:
     """What training would meet of repeated keys and of clips that are held out, by the heads of all members.
 
-    Sounds other than FLAC are compared by key alone. Shards that can't be read are left to the loader.
+    Sounds other than FLAC are compared by key alone, fingerprints not at all. Shards that can't be read are left to
+    the loader.
     """
     met: set[int] = set()
     records: list[Record] = []

@@ -311,6 +311,7 @@ class EvalLoader:
             try:
                 self._held_out.refuse(raw)
                 audio, description = open_clip(raw, self._sample_rate, self._max_seconds)
+                self._held_out.refuse_likeness(raw, audio, self._sample_rate)
             except BadSample as error:
                 self.bad.note(1, [{"shard": raw.shard, "key": raw.key, "reason": str(error)}])
                 continue

@@ -62,8 +62,9 @@ class BankedClip(BaseModel):
 def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
-    Clips of the run's validation and test splits are left out, by their keys and by their sounds; of captions alone
-    those that read as one of theirs. `quarantine.jsonl` in the folder names what was left out.
+    Clips of the run's validation and test splits are left out, by their keys and by their sounds, with its
+    `data.fingerprints` also what sounds like them; of captions alone those that read as one of theirs.
+    `quarantine.jsonl` in the folder names what was left out.
 
     Args:
         run_dir: a finished run.
@@ -219,7 +220,7 @@ def _held_out(config: Config, console: Console) -> HeldOut:
             splits |= {split: ShardList.load(place, cache=cache_of(config))} if place is not None else {}
         except InputError as error:
             console.print(f"[yellow]warning:[/] not checked against the {split} split: {escape(str(error))}")
-    return HeldOut.of(splits)
+    return HeldOut.of(splits, fingerprints=config.data.fingerprints, max_clip_seconds=config.data.max_clip_seconds)
 
 
 def _clip_parts(model: DualEncoder, shards: ShardList, config: Config, held_out: HeldOut) -> Iterator[Part]:

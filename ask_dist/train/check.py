@@ -45,6 +45,8 @@ def check(config: Config, console: Console) -> None:
     _check_machine(config)
     console.print(_data_table(config, shards))
     _audit(shards, console)
+    if config.data.fingerprints:
+        console.print("data.fingerprints: sounds are decoded and compared in the run, not here", highlight=False)
     if config.data.cache_embeddings and config.model.audio.freeze:
         refuse_long_clips(config, shards["train"])
     console.print(_resource_table(config))

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +31,7 @@ from ask_dist.data import audio as sounds
 from ask_dist.data.audio import BadSample, fit_length
 from ask_dist.data.cache import file_sha256
 from ask_dist.data.lanes import NO_ID
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.samples import Raw, open_clip, open_description, read_clips, read_shard
 from ask_dist.data.shards import ShardList, stable_id
@@ -38,7 +40,8 @@ from ask_dist.files import aside_of, write_atomically, writing
 from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.models.frozen import encoder_digest
 
-# Raise it when the same towers and clips come to give other vectors, for example by another front end.
+# Raise it when the same towers and clips come to give other vectors, for example by another front end, or other
+# verdicts of fingerprints.
 VERSION = 1
 FOLDER = ".embeddings"
 LOCK = "in-use"  # in a tower's folder, locked by the runs that use it
@@ -111,7 +114,12 @@ class Embeddings:
 
 
 def cached_embeddings(
-    config: Config, model: DualEncoder, shards: ShardList, rank: int = 0, world_size: int = 1
+    config: Config,
+    model: DualEncoder,
+    shards: ShardList,
+    held_out: HeldOut | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Embeddings:
     """Encodes by every frozen tower what is not on disk yet. A collective: each rank takes its share of the shards.
 
@@ -119,21 +127,23 @@ def cached_embeddings(
         config: the run; its output_dir is the same on all ranks.
         model: on the device to compute on, with the weights that the run trains with.
         shards: the training split.
+        held_out: clips whose fingerprints no sound may have; one that has gets no vector.
+        rank, world_size: which share.
 
     Raises:
         InputError: a shard is not what was packed, or a clip of a frozen audio tower is longer than data.clip_seconds.
         DiskError: the disk is full or can't be written.
     """
-    found, root = {}, config.run_dir.parent / FOLDER
+    found, root, held_out = {}, config.run_dir.parent / FOLDER, held_out or HeldOut()
     for name in ("audio", "text"):
         if getattr(config.model, name).freeze:
-            folder = root / _digest(config, model, name)
+            folder = root / _digest(config, model, name, held_out)
             lock = _hold(folder)
             files = [folder / f"{digest}.safetensors" for digest in shards.sha256]
             for shard in range(rank, len(files), world_size):
                 if not _readable(files[shard]):
                     log.info("encoding %s by the %s tower", shards.names[shard], name)
-                    encode = _encode_sounds if name == "audio" else _encode_captions
+                    encode = partial(_encode_sounds, held_out=held_out) if name == "audio" else _encode_captions
                     _save(files[shard], encode(_whole(shards, shard), config, model))
             if world_size > 1:
                 dist.barrier()
@@ -159,13 +169,15 @@ def _refuse_crop(raw: Raw, seconds: float, config: Config) -> None:
         )
 
 
-def _digest(config: Config, model: DualEncoder, name: str) -> str:
+def _digest(config: Config, model: DualEncoder, name: str, held_out: HeldOut) -> str:
     """Of all that a tower's vectors depend on beside the shard."""
     tower, data = getattr(model, name), config.data
     settings: dict[str, Any] = getattr(config.model, name).model_dump(mode="json", exclude={"source", "freeze"})
     settings |= {"version": VERSION, "kind": name}
     if name == "audio":
         settings |= {"clip": [data.sample_rate, data.clip_seconds, data.max_clip_seconds]}
+        if held_out.fingerprints is not None:  # the files name the clips that were refused
+            settings |= {"held_out": held_out.digest}
     more = json.dumps(settings, sort_keys=True).encode()
     return encoder_digest(tower, more, *tower.assets().values())[:24]
 
@@ -222,7 +234,7 @@ def _whole(shards: ShardList, shard: int) -> Iterator[Raw]:
 
 
 @torch.no_grad()
-def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder) -> Encoded:
+def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder, held_out: HeldOut) -> Encoded:
     data, device, bad = config.data, _device(model), {}
     samples = round(data.clip_seconds * data.sample_rate)
 
@@ -232,6 +244,7 @@ def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder) -> E
                 continue
             try:
                 audio, _ = open_clip(raw, data.sample_rate, data.max_clip_seconds)
+                held_out.refuse_likeness(raw, audio, data.sample_rate)
             except BadSample as error:
                 bad[raw.key] = str(error)
                 continue

@@ -66,7 +66,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     torch.manual_seed(config.seed)
     vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)
     shards = load_shards(config)
-    held_out = HeldOut.of(shards)
+    held_out = HeldOut.of(shards, fingerprints=config.data.fingerprints, max_clip_seconds=config.data.max_clip_seconds)
     loader = TrainLoader(
         shards["train"],
         rank=rank,
@@ -113,7 +113,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         state.clock = TracingClock(config.run_dir / FOLDER, device)
     resume(state, job["checkpoint"])
     if config.data.cache_embeddings:  # the weights of frozen towers are now those of the checkpoint
-        state.embeddings = cached_embeddings(config, state.engine.whole(), shards["train"], rank, world_size)
+        state.embeddings = cached_embeddings(config, state.engine.whole(), shards["train"], held_out, rank, world_size)
         state.embeddings.feed(state.engine.module, loader)
     return state
 

@@ -10,12 +10,14 @@ import pytest
 import soundfile
 
 from ask_dist.data.audio import BadSample
+from ask_dist.data.fingerprints import Fingerprints
 from ask_dist.data.leaks import HeldOut, audit, sound_digest, words
 from ask_dist.data.loader import EvalLoader, TrainLoader
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip, ShardList
 
 MakeClip = Callable[..., Clip]
+RATE = 8000
 
 
 def flac(audio: np.ndarray, level: float) -> bytes:
@@ -65,6 +67,76 @@ def test_so_does_the_encoding_of_a_bank(splits: dict[str, ShardList]) -> None:
     loader = EvalLoader(splits["train"], held_out=HeldOut.of({"test": splits["test"]}), **options)
     assert sum(len(batch.keys) for batch in loader.batches()) == 37
     assert loader.bad.count == 3
+
+
+def stored(audio: np.ndarray, form: str) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, audio, RATE, format=form)
+    return file.getvalue()
+
+
+def moving(number: int) -> np.ndarray:
+    """Two seconds of noise of its own."""
+    return np.random.default_rng(number).normal(scale=0.1, size=2 * RATE).astype(np.float32)
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> dict[str, ShardList]:
+    """Ten training clips. The test split has number 3 as a quiet MP3 and the later part of number 8, as other clips."""
+    train = [Clip(f"clip-{number}", moving(number), RATE, (f"noise {number}",)) for number in range(10)]
+    write_shards(train, tmp_path / "train", "train", clips_per_shard=3)
+    test = [
+        Original("mp3", stored(0.1 * moving(3), "MP3"), "quiet", ("a noise",)),
+        Original("flac", stored(moving(8)[5000:], "FLAC"), "later", ("a noise",)),
+        Original("flac", stored(moving(50), "FLAC"), "other", ("a noise",)),
+    ]
+    write_shards(test, tmp_path / "test", "test")
+    return {split: ShardList.load(tmp_path / split) for split in ("train", "test")}
+
+
+LIKE = {"clip-3": "held out: it sounds like test as quiet", "clip-8": "held out: it sounds like test as later"}
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_training_refuses_what_sounds_like_it_where_fingerprints_are_compared(
+    alike: dict[str, ShardList], processes: int
+) -> None:
+    options = {"local_batch_size": 4, "seed": 3, "sample_rate": RATE, "clip_seconds": 1.0, "lanes": 2}
+    options |= {"max_bad_share": 0.5, "processes": processes, "rank": 0, "world_size": 1}
+    orders = {}
+    for fingerprints in (True, False):
+        held_out = HeldOut.of(alike, fingerprints=fingerprints)
+        loader = TrainLoader(alike["train"], held_out=held_out, **options)
+        stream = loader.batches()
+        orders[fingerprints] = [key for batch in itertools.islice(stream, 9) for key in batch.keys]
+        stream.close()
+        assert {record["key"]: record["reason"] for record in loader.bad.records} == (LIKE if fingerprints else {})
+        assert loader.bad.count == (6 if fingerprints else 0)
+    assert orders[True] == ["" if key in LIKE else key for key in orders[False]]
+
+
+def test_verdicts_are_kept(alike: dict[str, ShardList], monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out = HeldOut.of(alike, fingerprints=True)
+    options = {"rank": 0, "world_size": 1, "batch_size": 4, "sample_rate": RATE, "clip_seconds": 1.0}
+    loader = EvalLoader(alike["train"], held_out=held_out, **options)
+    first = [batch.keys for batch in loader.batches()]
+    assert {record["key"]: record["reason"] for record in loader.bad.records} == LIKE
+    monkeypatch.delattr(Fingerprints, "match")  # it would be missed if it were needed
+    assert [batch.keys for batch in loader.batches()] == first
+    assert loader.bad.count == 2
+    with pytest.raises(AttributeError):
+        held_out.refuse_likeness(Raw("train", "new", {}), moving(1), RATE)
+
+
+def test_sounds_that_cannot_be_decoded_have_no_fingerprint(alike: dict[str, ShardList]) -> None:
+    assert HeldOut.of(alike, fingerprints=True).fingerprints.match(moving(3), RATE) == "test as quiet"
+    assert HeldOut.of(alike, fingerprints=True, max_clip_seconds=1.0).fingerprints.match(moving(3), RATE) is None
+    damaged = alike["test"].paths[0]
+    damaged.write_bytes(damaged.read_bytes().replace(b"fLaC", b"none"))
+    held_out = HeldOut.of(alike, fingerprints=True)
+    assert held_out.fingerprints.match(moving(3), RATE) == "test as quiet"
+    assert held_out.fingerprints.match(moving(8), RATE) is None
+    assert held_out.keys.keys() == {"quiet", "later", "other"}
 
 
 def test_an_audit_names_repeated_keys_and_leaks_before_a_run(
