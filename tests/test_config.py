@@ -264,6 +264,12 @@ def test_what_augmentation_and_cached_embeddings_cannot_do_is_refused():
     assert parse("model.text.freeze=true", cached, "augment.time_mask=0.2").augment.time_mask == 0.2
 
 
+def test_fingerprints_need_something_to_be_compared_with():
+    assert "data.test, which are null" in refusal("data.fingerprints=true", "data.validation=null", "data.test=null")
+    for split in ("validation", "test"):
+        assert parse("data.fingerprints=true", f"data.{split}=shards/x").data.fingerprints
+
+
 def test_the_global_batch_is_the_one_asked_for_or_one_chunk_a_worker():
     config = parse("optimization.train_batch_size=96", "optimization.micro_batch_size=20")
     assert (config.global_batch_size, config.optimization.local_batch_size(2)) == (96, 48)

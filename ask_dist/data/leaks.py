@@ -41,7 +41,7 @@ class HeldOut:
     captions: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Fingerprints | None = None
     # What clips were found to sound like, by `stable_id` of shard and key: later epochs need not look again.
-    _likeness: dict[int, str | None] = field(default_factory=dict, repr=False, compare=False)
+    _likeness: dict[int, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(

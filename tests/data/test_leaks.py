@@ -13,7 +13,8 @@ from ask_dist.data.audio import BadSample
 from ask_dist.data.fingerprints import Fingerprints
 from ask_dist.data.leaks import HeldOut, audit, sound_digest, words
 from ask_dist.data.loader import EvalLoader, TrainLoader
-from ask_dist.data.pack import write_shards
+from ask_dist.data.pack import EncodedClip, describe, write_shards
+from ask_dist.data.samples import Raw
 from ask_dist.data.shards import Clip, ShardList
 
 MakeClip = Callable[..., Clip]
@@ -69,10 +70,11 @@ def test_so_does_the_encoding_of_a_bank(splits: dict[str, ShardList]) -> None:
     assert loader.bad.count == 3
 
 
-def stored(audio: np.ndarray, form: str) -> bytes:
+def packed(key: str, audio: np.ndarray, extension: str) -> EncodedClip:
     file = io.BytesIO()
-    soundfile.write(file, audio, RATE, format=form)
-    return file.getvalue()
+    soundfile.write(file, audio, RATE, format=extension.upper())
+    description = describe(key, ["a noise"], [], {})
+    return EncodedClip(key, file.getvalue(), extension, description, RATE, len(audio) / RATE, ())
 
 
 def moving(number: int) -> np.ndarray:
@@ -86,9 +88,9 @@ def alike(tmp_path: Path) -> dict[str, ShardList]:
     train = [Clip(f"clip-{number}", moving(number), RATE, (f"noise {number}",)) for number in range(10)]
     write_shards(train, tmp_path / "train", "train", clips_per_shard=3)
     test = [
-        Original("mp3", stored(0.1 * moving(3), "MP3"), "quiet", ("a noise",)),
-        Original("flac", stored(moving(8)[5000:], "FLAC"), "later", ("a noise",)),
-        Original("flac", stored(moving(50), "FLAC"), "other", ("a noise",)),
+        packed("quiet", 0.1 * moving(3), "mp3"),
+        packed("later", moving(8)[5000:], "flac"),
+        packed("other", moving(50), "flac"),
     ]
     write_shards(test, tmp_path / "test", "test")
     return {split: ShardList.load(tmp_path / split) for split in ("train", "test")}

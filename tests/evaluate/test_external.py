@@ -160,6 +160,27 @@ def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console
     }
 
 
+@pytest.mark.parametrize("fingerprints", [False, True])
+def test_so_do_clips_that_sound_like_them_where_fingerprints_are_compared(corpus, run, tmp_path, console, fingerprints):
+    rng = np.random.default_rng(10)
+    sounds = [rng.normal(scale=0.1, size=2 * RATE).astype(np.float32) for _ in range(4)]
+    write_shards(
+        [Clip(f"new-{n}", audio, RATE, (f"new {n}",)) for n, audio in enumerate(sounds)], tmp_path / "new", "train"
+    )
+    write_shards([Clip("tested", 0.3 * sounds[2][999:], RATE, ("a noise",))], tmp_path / "test", "test")
+    tested = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((tested / "config.yaml").read_text())
+    config["data"] |= {"test": str(tmp_path / "test"), "fingerprints": fingerprints}
+    (tested / "config.yaml").write_text(yaml.safe_dump(config))
+    external.build(tested, tmp_path / "new", tmp_path / "bank", console)
+    left_out = {"new-2": "held out: it sounds like test as tested"} if fingerprints else {}
+    keys = {clip.key for clip in external.banked_clips(tmp_path / "bank").values()}
+    assert keys == {f"new-{number}" for number in range(4)} - left_out.keys()
+    if fingerprints:
+        assert named(tmp_path / "bank") == left_out
+        assert "1 clips left out, 1 of them because they are held out" in console.export_text()
+
+
 def test_captions_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console):
     sound = np.random.default_rng(9).normal(scale=0.1, size=800).astype(np.float32)
     write_shards([Clip("tested", sound, RATE, ("Noise number 2.", "a noise"))], tmp_path / "test", "test")

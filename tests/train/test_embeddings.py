@@ -19,6 +19,7 @@ from torch import nn
 from ask_dist import config as configuration
 from ask_dist.config import Config
 from ask_dist.data.cache import file_sha256
+from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip, ShardList
@@ -193,6 +194,24 @@ def test_a_clip_that_cannot_be_decoded_is_the_same_bad_sample(tmp_path, config):
     assert not any("silent" in batch.keys for batch in cached)
 
 
+def test_a_clip_that_sounds_like_a_held_out_one_is_the_same_bad_sample(tmp_path, config):
+    longer = [noise(number, 2.0) for number in range(10)]
+    write_shards(longer, tmp_path / "train", "train", clips_per_shard=4)
+    later = Clip("later", 0.2 * longer[6].audio[4321:], RATE, ("a noise",))
+    write_shards([later], tmp_path / "test", "test")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"clip_seconds": 2.0})})
+    shards, model = ShardList.load(tmp_path / "train"), make_model(config)
+    held_out = HeldOut.of({"test": ShardList.load(tmp_path / "test")}, fingerprints=True)
+    reason = "held out: it sounds like test as later"
+    for _ in range(2):  # the second time out of the files
+        embeddings = cached_embeddings(config, model, shards, held_out)
+        assert embeddings.audio.bad == {"clip-06": reason}
+    cached = batches(shards, embeddings, model)
+    assert {key for batch in cached for key in batch.keys} == {clip.key for clip in longer} - {"clip-06"} | {""}
+    assert cached_embeddings(config, model, shards).audio.bad == {}  # other files: nothing was compared
+    assert len(list((config.run_dir.parent / FOLDER).iterdir())) == 3  # and one of captions
+
+
 def add_to_shard(folder: Path, clip: Clip) -> None:
     """Adds a clip that `write_shards` would refuse, and lists the shard as it is then."""
     (shard,) = folder.glob("*.tar")
@@ -238,7 +257,7 @@ def test_a_shard_that_is_not_what_was_packed_is_refused(config):
 def both_ranks(rank: int, folder: str) -> list[torch.Tensor]:
     config = configured(Path(folder))
     shards, model = ShardList.load(config.data.train), make_model(config)
-    embeddings = cached_embeddings(config, model, shards, rank, 2)
+    embeddings = cached_embeddings(config, model, shards, rank=rank, world_size=2)
     plain = batches(shards, Embeddings(), make_model(config), 3)
     return [embeddings.audio.rows(batch.ids.numpy()) for batch in plain]
 

@@ -11,7 +11,8 @@ import pytest
 
 from ask_dist import config as configuration
 from ask_dist.data.leaks import HeldOut, words
-from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip, ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
 from ask_dist.models.saved import load_model
@@ -86,6 +87,19 @@ def test_workers_encode_every_clip_once(corpus, run, ranks, monkeypatch):
     assert wanted.keys() - found.keys() == {stable_id("clip-04")}
     for row, values in found.items():
         np.testing.assert_allclose(values, wanted[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_sounds_like_a_held_out_clip_stays_out(run, tmp_path, ranks):
+    rng = np.random.default_rng(3)
+    sounds = [rng.normal(scale=0.1, size=32000).astype(np.float32) for _ in range(5)]
+    write_shards(
+        [Clip(f"new-{n}", audio, 16000, ("a noise",)) for n, audio in enumerate(sounds)], tmp_path / "new", "train"
+    )
+    write_shards([Clip("tested", -0.5 * sounds[3][:-777], 16000, ("a noise",))], tmp_path / "test", "test")
+    held_out = HeldOut.of({"test": ShardList.load(tmp_path / "test")}, fingerprints=True)
+    found = encoded(ShardList.load(tmp_path / "new"), run, ranks, held_out)
+    assert found.keys() == {stable_id(f"new-{number}") for number in (0, 1, 2, 4)}
 
 
 def test_captions_that_are_held_out_stay_out(run, monkeypatch):
