@@ -22,7 +22,7 @@ from ask_dist.errors import InputError
 
 BLOCK_BYTES = 16 * 2**20
 PART_BYTES = 2**20  # are read, hashed and looked through at a time, while they are in a core's cache
-READERS = 4  # threads; each holds one part
+READERS = 8  # threads; each holds one part
 # The bits of a float without its sign, and those of infinity: what is not below them is infinite or no number.
 BITS = {2: (np.uint16, 0x7FFF, 0x7C00), 4: (np.uint32, 0x7FFFFFFF, 0x7F800000)}
 FLOATS = ("audio", "text", "reliability")
