@@ -76,7 +76,13 @@ class Engine:
         groups = parameter_groups(model, optimization.weight_decay, optimization.layer_decay)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
-            optimizer=torch.optim.AdamW(groups, lr=optimization.learning_rate, betas=(0.9, 0.98), eps=1e-6),
+            optimizer=torch.optim.AdamW(
+                groups,
+                lr=optimization.learning_rate,
+                betas=(0.9, 0.98),
+                eps=1e-6,
+                fused=device.type == "cpu" or None,  # several passes over the weights in one; GPUs do well by default
+            ),
             config=_deepspeed_config(optimization),
             dist_init_required=False,
         )
