@@ -10,18 +10,7 @@ import pytest
 
 from ask_dist.bank import snapshot, store
 from ask_dist.bank.memory import KnowledgeBank
-from ask_dist.bank.messages import Commit
-from ask_dist.bank.prototypes import unit_rows
 from ask_dist.errors import InputError
-
-
-@pytest.fixture
-def state(rng):
-    bank = KnowledgeBank(dim=8, capacity=100)
-    bank.upsert(np.arange(40), unit_rows(rng.normal(size=(40, 8))), unit_rows(rng.normal(size=(40, 8))), None, step=3)
-    halves = [(bank.snapshot().audio[:4], bank.snapshot().text[:4])]
-    bank.commit(Commit.of_prototypes(halves, bank.snapshot()))
-    return bank.state()
 
 
 def files_of(folder: Path) -> list[str]:
