@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ask_dist import config as configuration
 from ask_dist.config import Config
 from ask_dist.data.cache import cache_of
-from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import Batch, TrainLoader
 from ask_dist.data.quarantine import QUARANTINE
 from ask_dist.data.shards import ShardList
@@ -66,7 +65,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     torch.manual_seed(config.seed)
     vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)
     shards = load_shards(config)
-    held_out = HeldOut.of(shards, fingerprints=config.data.fingerprints, max_clip_seconds=config.data.max_clip_seconds)
+    held_out = start.held_out_clips(config, shards, rank, world_size)
     loader = TrainLoader(
         shards["train"],
         rank=rank,

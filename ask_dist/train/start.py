@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -79,6 +79,21 @@ def new_model(config: Config, vocabulary: Vocabulary) -> DualEncoder:
     built = build_dual_encoder(model, config.data.sample_rate, vocabulary)
     built.audio.augment(config.augment)
     return built
+
+
+def held_out_clips(config: Config, shards: dict[str, ShardList], rank: int = 0, world_size: int = 1) -> HeldOut:
+    """What the run must not learn from, as rank 0 could read it. A collective.
+
+    A disk of one rank may fail where others read: if each went by what it read itself, they would refuse other clips,
+    and keep vectors of frozen towers under other digests.
+    """
+    found: list[Any] = [None]
+    if rank == 0:
+        data = config.data
+        found = [HeldOut.of(shards, fingerprints=data.fingerprints, max_clip_seconds=data.max_clip_seconds)]
+    if world_size > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def encode_anchors(state: TrainState) -> None:

@@ -26,6 +26,7 @@ from ask_dist.data.shards import Clip, ShardList
 from ask_dist.errors import InputError
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.text import Vocabulary
+from ask_dist.train import start
 from ask_dist.train.embeddings import FOLDER, Embeddings, cached_embeddings, refuse_long_clips
 from tests.ranks import run_ranks
 
@@ -268,3 +269,31 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tmp_path, config):
     for mine, theirs in zip(one, other, strict=True):
         assert torch.equal(mine, theirs)
         assert mine.any(dim=1).sum() > 0
+
+
+def beside_a_broken_disk(rank: int, folder: str) -> list[Any]:
+    """What a rank reads of the test split by itself, what the ranks hold out, and what then has no vector."""
+    config = configured(Path(folder))
+    data = config.data.model_copy(update={"clip_seconds": 2.0, "fingerprints": True})
+    config = config.model_copy(update={"data": data})
+    shards = {"train": ShardList.load(config.data.train), "test": ShardList.load(Path(folder, f"test-{rank}"))}
+    model = make_model(config)
+    held_out = start.held_out_clips(config, shards, rank, world_size=2)
+    embeddings = cached_embeddings(config, model, shards["train"], held_out, rank, world_size=2)
+    return [sorted(HeldOut.of(shards).keys), sorted(held_out.keys), embeddings.audio.bad]
+
+
+@pytest.mark.multiprocess
+def test_ranks_refuse_the_same_if_one_cannot_read_all_that_is_held_out(tmp_path):
+    longer = [noise(number, 2.0) for number in range(10)]
+    write_shards(longer, tmp_path / "train", "train", clips_per_shard=4)
+    cut = [Clip(f"cut-{n}", 0.2 * longer[n].audio[4321:], RATE, ("a noise",)) for n in (1, 6)]
+    for rank in (0, 1):
+        write_shards(cut, tmp_path / f"test-{rank}", "test", clips_per_shard=1)
+    damaged = tmp_path / "test-1" / "test-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    one, other = run_ranks(beside_a_broken_disk, 2, tmp_path / "ranks", str(tmp_path))
+    assert one[0] == ["cut-1", "cut-6"]
+    assert other[0] == ["cut-1"]
+    assert one[1:] == other[1:]
+    assert one[1:] == [one[0], {f"clip-0{n}": f"held out: it sounds like test as cut-{n}" for n in (1, 6)}]
