@@ -212,6 +212,19 @@ def test_check_finds_a_real_corpus_ready_and_writes_nothing(config, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
+def test_check_looks_into_some_of_very_many_shards(config, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    sounds = [
+        Clip(f"noise-{n}", rng.normal(scale=0.1, size=800).astype(np.float32), RATE, (f"noise {n}",)) for n in range(70)
+    ]
+    write_shards(sounds, tmp_path / "many", "train", clips_per_shard=1)
+    write_shards([sounds[0], sounds[69], sounds[1]], tmp_path / "test", "test")
+    assert run("check", config, f"data.train={tmp_path / 'many'}", f"data.test={tmp_path / 'test'}") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "64 of 70 training shards are looked into; all of them: in the run," in told
+    assert "train-000069.tar noise-69: held out: its key is in test" in told
+
+
 def test_check_refuses_more_cores_than_there_are(config, refused):
     line = refused("check", config, "cluster.cpus_per_worker=100000")
     assert "200000 CPU" in line

@@ -12,7 +12,7 @@ import numpy as np
 
 from ask_dist.data.audio import BadSample
 from ask_dist.data.samples import LARGEST, describe
-from ask_dist.data.shards import ShardList
+from ask_dist.data.shards import ShardList, evenly
 from ask_dist.data.tar import members
 from ask_dist.errors import InputError
 
@@ -29,7 +29,7 @@ def captions(shards: ShardList, limit: int) -> Iterator[str]:
     """
     count = min(len(shards.paths), REMOTE_SHARDS if shards.remote else LOCAL_SHARDS)
     share = max(1, limit // count)
-    for shard in np.linspace(0, len(shards.paths) - 1, count).round().astype(int):
+    for shard in evenly(len(shards.paths), count):
         with suppress(OSError, BadSample), shards.at_hand(shard) as path:  # the loader names what is broken
             yield from itertools.islice(_captions_of(path), share)
 

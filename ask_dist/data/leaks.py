@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -120,24 +120,32 @@ class HeldOut:
         return words(caption) in self.captions
 
 
-def audit(shards: ShardList, held_out: HeldOut) -> list[Record]:
-    """What training would meet of repeated keys and of clips that are held out, by the heads of all members.
+def audit(shards: ShardList, held_out: HeldOut, chosen: Iterable[int] | None = None) -> list[Record]:
+    """What training would meet of repeated keys and of clips that are held out, by the heads of the members.
 
     Sounds other than FLAC are compared by key alone, fingerprints not at all. Shards that can't be read are left to
     the loader.
+
+    Args:
+        shards: the training split.
+        held_out: what it must not have.
+        chosen: numbers of the shards that are looked into; None: all.
     """
     met: set[int] = set()
     records: list[Record] = []
-    for shard, label in enumerate(shards.labels):
+    labels = shards.labels
+    for shard in range(len(labels)) if chosen is None else chosen:
         with suppress(OSError, BadSample), shards.at_hand(shard) as path:
             for key, heads in read_heads(path, STREAM_MD5.stop):
                 reasons = ["the key is that of an earlier clip"] if stable_id(key) in met else []
                 met.add(stable_id(key))
                 try:
-                    held_out.refuse(Raw(label, key, {name: head for name, head in heads.items() if name == "flac"}))
+                    held_out.refuse(
+                        Raw(labels[shard], key, {name: head for name, head in heads.items() if name == "flac"})
+                    )
                 except BadSample as error:
                     reasons.append(str(error))
-                records += [{"shard": label, "key": key, "reason": reason} for reason in reasons]
+                records += [{"shard": labels[shard], "key": key, "reason": reason} for reason in reasons]
     return records
 
 

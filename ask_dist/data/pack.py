@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import re
 import shutil
 import tarfile
 from collections import Counter
@@ -20,11 +19,9 @@ import numpy as np
 import soundfile
 
 from ask_dist.data import audio
-from ask_dist.data.shards import FORMAT, SIZES, Clip, write_text
+from ask_dist.data.shards import FORMAT, KEY, LONGEST_CAPTION, LONGEST_KEY, SIZES, Clip, write_text
 from ask_dist.errors import InputError
 
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-LONGEST_KEY = 80  # a tar name has room for 100 bytes, the extension included
 ASIDE = ".packing"
 BUFFER = 2**20  # bytes that a tar is written by; tarfile takes 16 KiB
 
@@ -82,10 +79,12 @@ def describe(key: str, captions: Sequence[str], classes: Sequence[str], extra: M
     Raises:
         InputError: the key or the captions can't be stored.
     """
-    if not KEY.fullmatch(key) or len(key) > LONGEST_KEY:
+    if not KEY.fullmatch(key):
         raise InputError(f"key {key!r}: use 1 to {LONGEST_KEY} of A-Z, a-z, 0-9, _ and -")
     if not captions or not all(caption.strip() for caption in captions):
         raise InputError(f"clip {key!r} has captions {captions!r}: give at least one, and none empty")
+    if (longest := max(map(len, captions))) > LONGEST_CAPTION:
+        raise InputError(f"clip {key!r} has a caption of {longest} characters: give at most {LONGEST_CAPTION}")
 
     text = json.dumps({**extra, "captions": captions, "classes": classes}, ensure_ascii=False)
     return text.encode(errors="backslashreplace")

@@ -15,11 +15,10 @@ from ask_dist.data import audio
 from ask_dist.data.audio import BadSample
 from ask_dist.data.pack import EncodedClip, ShardWriter, WrittenShard, describe, encode_clip
 from ask_dist.data.processes import tick
-from ask_dist.data.shards import Clip, write_text
+from ask_dist.data.shards import LONGEST_CAPTION, Clip, write_text
 from ask_dist.data.sources import Source
 from ask_dist.data.table import URL, Row
 
-LONGEST_CAPTION = 4000  # characters
 MOST_FLAC_CHANNELS = 8
 EXTENSIONS = {"FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "WAV": "wav", "WAVEX": "wav"}
 DOWNLOADS = 8  # at once in a process

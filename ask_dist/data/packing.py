@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ask_dist.data.pack import ASIDE, LONGEST_KEY, WrittenShard, publish
+from ask_dist.data.pack import ASIDE, WrittenShard, publish
 from ask_dist.data.pack_rows import PackSettings, Task, pack_rows
 from ask_dist.data.processes import in_processes
-from ask_dist.data.shards import SIZES, read_sizes, write_text
+from ask_dist.data.shards import LONGEST_KEY, SIZES, read_sizes, write_text
 from ask_dist.data.sources import Source, check_url
 from ask_dist.data.table import URL, Row
 from ask_dist.errors import InputError
@@ -23,7 +23,7 @@ from ask_dist.files import write_atomically
 
 QUARANTINE = "quarantine.jsonl"
 PLAN = "plan.json"
-VERSION = 1  # of what packing writes; another one takes up nothing of this
+VERSION = 2  # of what packing writes; another one takes up nothing of this
 
 
 @dataclass(frozen=True)

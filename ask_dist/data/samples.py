@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,12 @@ import numpy as np
 
 from ask_dist.data import audio
 from ask_dist.data.audio import BadSample
-from ask_dist.data.shards import ShardList
+from ask_dist.data.shards import KEY, LONGEST_CAPTION, LONGEST_KEY, ShardList
 from ask_dist.data.tar import Member, members
 
-KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 SOUNDS = ("flac", "wav", "ogg", "mp3")
 # What a member may weigh: larger ones are named and never read.
 LARGEST = {"json": 1 << 20} | dict.fromkeys(SOUNDS, 1 << 28)
-LONGEST_CAPTION = 10_000  # characters
 MAX_SECONDS = 600.0
 
 
@@ -132,7 +129,7 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 
 def _read(stream: BinaryIO, shard: str, key: str, found: Sequence[tuple[str, Member]], repeated: bool) -> Raw:
     if not KEY.fullmatch(key):
-        return Raw(shard, ascii(key)[1:101], {}, "the key is not 1 to 80 of A-Z, a-z, 0-9, _ and -")
+        return Raw(shard, ascii(key)[1:101], {}, f"the key is not 1 to {LONGEST_KEY} of A-Z, a-z, 0-9, _ and -")
     contents: dict[str, bytes] = {}
     for extension, member in found:
         if repeated or extension in contents:

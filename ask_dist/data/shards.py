@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from ask_dist.files import write_atomically
 
 FORMAT = 1
 SIZES = "sizes.json"
+LONGEST_KEY = 80  # a tar name has room for 100 bytes, the extension included
+KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_KEY}}}")
+LONGEST_CAPTION = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Clip:
     """One clip with its captions, before it is packed.
 
     Attributes:
-        key: name of the clip, matching ``[A-Za-z0-9_-]+``, unique in its corpus.
+        key: name of the clip, matching `KEY`, unique in its corpus.
         audio: float32 [samples], mono, in -1..1.
         sample_rate: in Hz.
         captions: one or more sentences.
@@ -231,6 +235,11 @@ def _fetched_sizes(url: str, cache: ShardCache) -> bytes:
         except BadSample as error:
             raise InputError(f"{error}; correct the URL, or the access to it") from None
         return path.read_bytes()
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Of `count` shards at most `most`, spread evenly from the first to the last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def write_text(path: Path, text: str) -> None:

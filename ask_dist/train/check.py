@@ -17,7 +17,7 @@ from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.config import Config
 from ask_dist.data.captions import captions
 from ask_dist.data.leaks import HeldOut, audit
-from ask_dist.data.shards import ShardList
+from ask_dist.data.shards import ShardList, evenly
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.objective import AskObjective
@@ -30,6 +30,7 @@ from ask_dist.train.run import check_data, steps_per_epoch
 from ask_dist.train.start import new_model
 
 SAMPLE_CAPTIONS = 2000
+LOOKED_INTO = 64  # training shards
 SHOWN = 5  # warnings
 
 
@@ -44,11 +45,12 @@ def check(config: Config, console: Console) -> None:
     _check_writable(config.run_dir)
     _check_machine(config)
     console.print(_data_table(config, shards))
-    _audit(shards, console)
+    chosen = _look_into(shards["train"], console)
+    _audit(shards, chosen, console)
     if config.data.fingerprints:
         console.print("data.fingerprints: sounds are decoded and compared in the run, not here", highlight=False)
     if config.data.cache_embeddings and config.model.audio.freeze:
-        refuse_long_clips(config, shards["train"])
+        refuse_long_clips(config, shards["train"], chosen)
     console.print(_resource_table(config))
     loss, seconds, parameters = synthetic_step(config, shards["train"])
     console.print(
@@ -102,12 +104,27 @@ def _synthetic_neighbours(config: Config) -> Neighbours:
     return Neighbours.of(bank.search_ids(np.arange(config.optimization.micro_batch_size), config.knowledge.neighbours))
 
 
-def _audit(shards: dict[str, ShardList], console: Console) -> None:
-    """Names repeated keys and held-out clips in the training shards, where these lie on this machine."""
-    if shards["train"].remote:
+def _look_into(train: ShardList, console: Console) -> list[int]:
+    """The training shards that are looked into, by number: none behind URLs, and not all of very many."""
+    if train.remote:
+        return []
+    chosen = evenly(len(train.paths), LOOKED_INTO)
+    if len(chosen) < len(train.paths):
+        console.print(
+            f"{len(chosen)} of {len(train.paths)} training shards are looked into; all of them: in the run, and for "
+            "repeated keys by ask-dist shards verify",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return chosen
+
+
+def _audit(shards: dict[str, ShardList], chosen: list[int], console: Console) -> None:
+    """Names repeated keys and held-out clips in these training shards."""
+    if not chosen:
         return
     with console.status("looking for repeated keys and held-out clips"):
-        found = audit(shards["train"], HeldOut.of(shards))
+        found = audit(shards["train"], HeldOut.of(shards), chosen)
     for record in found[:SHOWN]:
         line = escape(f"{record['shard']} {record['key']}: {record['reason']}")
         console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)

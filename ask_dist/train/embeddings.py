@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -153,10 +153,10 @@ def cached_embeddings(
     return Embeddings(**found)
 
 
-def refuse_long_clips(config: Config, shards: ShardList) -> None:
-    """Raises InputError for a clip that is longer than data.clip_seconds by its header; of shards on this machine."""
-    for shard, count in enumerate(() if shards.remote else shards.counts):
-        for raw in read_clips(shards, shard, 0, count):
+def refuse_long_clips(config: Config, shards: ShardList, chosen: Iterable[int]) -> None:
+    """Raises InputError for a clip of the `chosen` shards that is longer than data.clip_seconds by its header."""
+    for shard in chosen:
+        for raw in read_clips(shards, shard, 0, shards.counts[shard]):
             with suppress(BadSample):
                 _refuse_crop(raw, sounds.seconds(raw.sound), config)
 

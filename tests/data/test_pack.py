@@ -77,6 +77,7 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path, make_clip: MakeClip) -
         ([replace(clip, key="k" * 81)], "use 1 to 80"),
         ([replace(clip, captions=())], "give at least one"),
         ([replace(clip, captions=("one", " "))], "none empty"),
+        ([replace(clip, captions=("one", "x" * 10_001))], "a caption of 10001 characters: give at most 10000"),
         ([clip, clip], "occurs twice"),
         ([clip, replace(make_clip(1), sample_rate=16000)], r"sample rates \[8000, 16000\]"),
         ([], "no clips"),

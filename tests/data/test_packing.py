@@ -225,7 +225,7 @@ def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
         ("none.wav", "empty audio"),
         ("nan.wav", "NaN or infinite audio"),
         ("cut.flac", "undecodable audio"),
-        ("good.flac", "a caption of 100000 characters, at most 4000 are taken"),
+        ("good.flac", "a caption of 100000 characters, at most 10000 are taken"),
         ("good.flac", "a caption that is not UTF-8"),
     ]
     assert summary.clips == 1

@@ -233,12 +233,12 @@ def add_to_shard(folder: Path, clip: Clip) -> None:
 
 def test_a_clip_that_would_be_cropped_is_refused_before_the_run_and_in_it(tmp_path, config):
     shards = ShardList.load(config.data.train)
-    refuse_long_clips(config, shards)
+    refuse_long_clips(config, shards, range(len(shards.paths)))
     write_shards([*map(noise, range(5)), noise(5, 0.6)], tmp_path / "train", "train", clips_per_shard=8)
     shards = ShardList.load(config.data.train)
     wanted = r"train-000000.tar clip-05 has 0.60 s, over data.clip_seconds=0.5: .*data.cache_embeddings"
     with pytest.raises(InputError, match=wanted):
-        refuse_long_clips(config, shards)
+        refuse_long_clips(config, shards, range(len(shards.paths)))
     with pytest.raises(InputError, match=wanted):
         cached_embeddings(config, make_model(config), shards)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.samples import KEY, LARGEST, describe
+from ask_dist.data.samples import LARGEST, describe
+from ask_dist.data.shards import KEY
 from ask_dist.data.tar import PLAIN, headers
 
 MEMBER = re.compile(rf"{KEY.pattern}\.({'|'.join(LARGEST)})", re.IGNORECASE)
