@@ -18,6 +18,7 @@ import yaml
 
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip
+from tests.end_to_end.command import ask_dist
 
 RATE, SECONDS = 16000, 1.0
 PITCHES = {"very low": 150.0, "low": 300.0, "middle": 600.0, "high": 1200.0, "very high": 2400.0}
@@ -93,6 +94,20 @@ def config_file(tones: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tones.yaml"
     path.write_text(yaml.safe_dump(configuration(tones, tmp_path / "runs")))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run for all tests that only look at one; its configuration lies above `runs`."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "tones.yaml"
+    path.write_text(yaml.safe_dump(configuration(tones, folder / "runs")))
+    # Long enough for the refiner to import its libraries and to commit.
+    long = ("optimization.epochs=50", "optimization.evaluate_every=20")
+    done = ask_dist("train", path, *long, "tracking.profile=true")
+    assert done.returncode == 0, done.stderr
+    assert "GiB " in done.stdout
+    return folder / "runs" / "tones"
 
 
 def free_port() -> int:

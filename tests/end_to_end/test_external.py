@@ -24,21 +24,19 @@ EXTERNAL_CLIPS = 60
 
 
 @pytest.fixture(scope="module")
-def folder(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tones.yaml`, the finished run `runs/tones`, another corpus `other`, and `bank` of it by that run."""
+def folder(finished: Path, tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tones.yaml`, another corpus `other`, and `bank` of it by the finished run."""
     folder = tmp_path_factory.mktemp("external")
     (folder / "tones.yaml").write_text(yaml.safe_dump(configuration(tones, folder / "runs")))
-    done = ask_dist("train", folder / "tones.yaml", "optimization.epochs=8")
-    assert done.returncode == 0, done.stderr
     write_shards(clips("other", EXTERNAL_CLIPS, seed=7), folder / "other", "train", clips_per_shard=20)
-    done = ask_dist("bank", "build", folder / "other", folder / "bank", "--checkpoint", folder / "runs" / "tones")
+    done = ask_dist("bank", "build", folder / "other", folder / "bank", "--checkpoint", finished)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def start_from(folder: Path, name: str) -> list[str]:
-    """Overrides of a run that goes on from the first one, with the other corpus."""
-    return [f"name={name}", f"model.from={folder / 'runs' / 'tones'}", f"bank.from={folder / 'bank'}"]
+def start_from(finished: Path, folder: Path, name: str) -> list[str]:
+    """Overrides of a run that goes on from the finished one, with the other corpus."""
+    return [f"name={name}", f"model.from={finished}", f"bank.from={folder / 'bank'}"]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -46,15 +44,17 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.timeout(420)
-def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(folder: Path, tones: Path):
-    config_file, given = folder / "tones.yaml", [*start_from(folder, "second"), "optimization.log_every=5"]
+def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(
+    finished: Path, folder: Path, tones: Path
+):
+    config_file, given = folder / "tones.yaml", [*start_from(finished, folder, "second"), "optimization.log_every=5"]
     refused = ask_dist("train", config_file, *given, "model.embedding_dim=32")
     assert refused.returncode == 2
     assert "model.embedding_dim is 32" in refused.stderr
     second = folder / "runs" / "second"
     assert not second.exists()
 
-    lively = ["refine.interval=0", "refine.cpu_share=1", "optimization.epochs=80", "optimization.evaluate_every=40"]
+    lively = ["refine.interval=0", "refine.cpu_share=1", "optimization.epochs=50", "optimization.evaluate_every=40"]
     leaking = [f"data.train=[{tones / 'train'},{tones / 'validation'}]", "data.max_bad_share=0.5"]
     done = ask_dist("train", config_file, *given, *leaking, *lively)
     assert done.returncode == 0, done.stderr
@@ -70,15 +70,15 @@ def test_a_run_starts_with_another_corpus_and_the_refiner_keeps_its_rows_right(f
     assert told["refine/external_stale"] >= EXTERNAL_CLIPS
     assert told["refine/external_drift_after_text"] < told["refine/external_drift_before_text"]
     trained = next(row["train/loss"] for row in rows if "train/loss" in row)
-    untrained = metrics(folder / "runs" / "tones")[0]["train/loss"]
+    untrained = metrics(finished)[0]["train/loss"]
     assert trained < untrained  # it went on from there
 
 
-def test_workers_encode_the_other_corpus_again_into_a_bank_of_two_shards(folder: Path):
+def test_workers_encode_the_other_corpus_again_into_a_bank_of_two_shards(finished: Path, folder: Path):
     again = ["refine.strategy=reencode", f"refine.corpus={folder / 'other'}", "refine.every=1"]
     kept = ["bank.shards=2", "bank.durable=true", "bank.dtype=float16"]
     done = ask_dist(
-        "train", folder / "tones.yaml", *start_from(folder, "third"), *again, *kept, "optimization.epochs=4"
+        "train", folder / "tones.yaml", *start_from(finished, folder, "third"), *again, *kept, "optimization.epochs=4"
     )
     assert done.returncode == 0, done.stderr
     third = folder / "runs" / "third"

@@ -22,7 +22,7 @@ def noise(number: int, seconds: float = 2.0) -> Clip:
     return Clip(f"noise-{number}", audio, RATE, (f"noise number {number}",))
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_workers_refuse_what_sounds_like_a_test_clip_and_the_report_counts_it(tmp_path: Path, cached: bool):
     write_shards(map(noise, range(64)), tmp_path / "train", "train", clips_per_shard=16)
     write_shards(map(noise, range(100, 108)), tmp_path / "validation", "validation")
@@ -34,6 +34,7 @@ def test_both_workers_refuse_what_sounds_like_a_test_clip_and_the_report_counts_
     if cached:
         config["data"] |= {"cache_embeddings": True}
         config["model"] |= {"audio": {"width": 8, "freeze": True}}
+        config["model"]["text"] |= {"freeze": True}
     (tmp_path / "noise.yaml").write_text(yaml.safe_dump(config))
     checked = ask_dist("check", tmp_path / "noise.yaml")
     assert checked.returncode == 0, checked.stderr
@@ -48,3 +49,6 @@ def test_both_workers_refuse_what_sounds_like_a_test_clip_and_the_report_counts_
     report = json.loads((run / "report.json").read_text())
     assert (report["quarantine"]["count"], report["quarantine"]["leaks"]) == (2, 2)
     assert report["bank"]["rows"] == 62
+    assert len(list((run.parent / ".embeddings").rglob("*.safetensors"))) == (
+        8 if cached else 0
+    )  # a tower and shard each
