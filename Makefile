@@ -64,7 +64,7 @@ lint: $(INSTALLED)  ## ruff, and mypy on the modules without Ray
 bench: corpus  ## runs/bench/bench.json: trainer, loader, bank and knowledge step against their yardsticks
 	$(BIN)/python -m ask_dist.bench
 
-bench-bank: corpus  ## runs/bench/bank.json: the bank and the refiner as a service, and the constants of `ask-dist plan`
+bench-bank: corpus open-sounds  ## runs/bench/bank.json: the bank and the refiner as a service, and the constants of `ask-dist plan`
 	$(BIN)/python -m ask_dist.bench.service
 
 bench-data: corpus  ## runs/bench/data.json: packing and reading against their yardsticks

@@ -196,6 +196,9 @@ def plan(
     step_seconds: Annotated[
         float, typer.Option(min=1e-4, help="of a training step; the sum of time/* in metrics.jsonl")
     ] = 0.25,
+    clips: Annotated[
+        float | None, typer.Option(min=1, help="of an epoch, for refine.every; default: as many as rows")
+    ] = None,
     memory: Annotated[float, typer.Option(min=0.1, help="GiB that a node gives its part of the bank")] = 64.0,
     network: Annotated[float, typer.Option(min=0.01, help="Gbit/s of a node, each way")] = 25.0,
     gpu: Annotated[bool, typer.Option("--gpu", help="search on a GPU; needs constants measured on one")] = False,
@@ -225,6 +228,7 @@ def plan(
         load(constants),
         step_seconds=step_seconds,
         node=Node(memory * 2**30, network * 1e9 / 8, gpu),
+        clips=None if clips is None else int(clips),
         console=console,
         output=output,
         plot=plot,

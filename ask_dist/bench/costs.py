@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,28 +16,34 @@ from ask_dist import config as configuration
 from ask_dist.bank.actor import RemoteBankActor
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit
+from ask_dist.bank.prototypes import build_prototypes, unit_rows
 from ask_dist.bench.bank import pipelined
 from ask_dist.bench.machine import machine
 from ask_dist.bench.process import alone, seconds
 from ask_dist.bench.rows import bytes_a_row, clustered, filled_bank
+from ask_dist.bench.steps import encoding_share
 from ask_dist.plan.constants import GPU, Constants, growth_of
-from ask_dist.refine.refiner import STRATEGIES, Refiner, generation
+from ask_dist.refine.refiner import PROTOTYPE_ROWS, STRATEGIES, Refiner, sampled_rows
 
 INDEXES: tuple[str, ...] = get_args(configuration.Bank.model_fields["index"].annotation)
 PRECISIONS: tuple[str, ...] = get_args(configuration.Bank.model_fields["dtype"].annotation)
 ROUNDS = 5
 LEVELS = configuration.Bank.model_fields["prototypes"].default
 OBJECT_BYTES = 32 * 2**20
+DRIFT = 0.3  # how far a row moves between two visits, by its length
 LATER = 100  # global steps between two visits of a row
 
 
 def planner_constants(
+    config_file: Path,
     *,
     dim: int = 256,
     batch: int = 16,
     neighbours: int = 16,
     sizes: Sequence[int] = (10_000, 40_000, 160_000),
-    refined: Sequence[int] = (5_000, 20_000),
+    refined: Sequence[int] = (40_000, 160_000),
+    drawn: Sequence[int] = (5_000, 20_000),
+    passes: int = 5,
     memory_rows: int = 50_000,
     memory_dims: Sequence[int] = (128, 512),
     calls: int = 500,
@@ -47,8 +54,11 @@ def planner_constants(
     process of its own, at its peak, so with what training inverted files takes.
 
     Args:
+        config_file: the run whose steps are compared with encoding its clips again.
         dim, batch, neighbours: of the searches. sizes: rows of the banks that are searched. refined: of those that the
-            refiner corrects. memory_rows, memory_dims: of the banks whose memory is measured. calls: to the actor.
+            refiner corrects, enough to have `MAX_FRESH` rows to learn from. drawn: rows that prototypes are made of.
+            passes: over the corpus. memory_rows, memory_dims: of the banks whose memory is measured. calls: to the
+            actor.
     """
     gpu = GPU if torch.cuda.is_available() else ""
     search, upsert = {}, {}
@@ -68,6 +78,9 @@ def planner_constants(
         snapshot=snapshot,
         commit=commit,
         refine={name: line(refined, [times[name] for times in generations]) for name in generations[0]},  # type: ignore[arg-type]
+        prototypes=line(drawn, [_prototypes(dim, rows) for rows in drawn]),  # type: ignore[arg-type]
+        prototype_rows=PROTOTYPE_ROWS,
+        encoding=encoding_share(config_file, passes=passes),
         memory={index: _memory(index, memory_rows, memory_dims) for index in INDEXES},  # type: ignore[arg-type]
         **_transport(calls, batch, neighbours, dim),
     )
@@ -95,21 +108,29 @@ def _search_and_upsert(index: str, rows: int, dim: int, batch: int, neighbours: 
 
 
 def _generations(dim: int, rows: int) -> dict[str, float]:
-    """Seconds of a generation with prototypes, by strategy, when a quarter of the rows was re-encoded."""
+    """Seconds of a generation without prototypes, by strategy, when a quarter of the rows was re-encoded and has moved
+    as all have, so that the others are corrected. Where workers encode them all again, the refiner corrects nothing."""
     bank = filled_bank("flat", "float16", rows, dim)
     first = bank.snapshot()
     renewed = np.arange(rows // 4)
-    moved = []
-    for name in ("audio", "text"):
-        noise = np.random.default_rng(len(name)).standard_normal((len(renewed), dim)).astype(np.float16)
-        moved.append(getattr(first, name)[renewed] + np.float16(0.1 / dim**0.5) * noise)
+    turn = np.random.default_rng(0).standard_normal((dim, dim), np.float32) / dim**0.5
+    before = (half[renewed].astype(np.float32) for half in (first.audio, first.text))
+    moved = [unit_rows(half + DRIFT * half @ turn) for half in before]
     bank.upsert(renewed, *moved, None, LATER)
     now, taken = bank.snapshot(), {}
-    for strategy in (name for name in STRATEGIES if name != "none"):
+    for strategy in STRATEGIES:
         refiner = Refiner(strategy)
         refiner.refine(first)
-        taken[strategy] = seconds(lambda refiner=refiner: generation([(refiner, None)], now, LEVELS, 0))
+        taken["reencode" if strategy == "none" else strategy] = seconds(lambda refiner=refiner: refiner.refine(now))
     return taken
+
+
+def _prototypes(dim: int, rows: int) -> float:
+    """Seconds that prototypes of so many rows take."""
+    now = filled_bank("flat", "float16", rows, dim).snapshot()
+    return statistics.median(
+        seconds(lambda: build_prototypes(*sampled_rows(now, [], rows, 0), LEVELS, 0)) for _ in range(ROUNDS)
+    )
 
 
 def _held(dim: int, rows: int) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from ask_dist.plan import constants
 from ask_dist.plan.command import markdown_table
 
 CONFIG = Path("configs/quickstart.yaml")
+PRETRAINED = Path("configs/recordings.yaml")
 OUTPUT = constants.MEASURED
 
 Figures = dict[str, dict[str, Any]]
@@ -56,6 +57,7 @@ class Measurement:
         function: its name below `ask_dist.bench`, looked up when its turn comes: what it imports takes seconds, and
             the processes that it starts import this module too. Gives one figure, or several by name.
         given: what of "folder" (for large files), "config_file" (of a run) and "constants" it takes.
+        config_file: of the run, where it is always the same one.
         small: sizes with which it takes seconds.
         inside_ray: whether it needs Ray to run; otherwise it starts what it needs.
     """
@@ -64,6 +66,7 @@ class Measurement:
     function: str
     given: tuple[str, ...] = ()
     small: dict[str, Any] = field(default_factory=dict)
+    config_file: Path | None = None
     inside_ray: bool = False
 
 
@@ -93,8 +96,16 @@ MEASUREMENTS = (
     Measurement(
         {constants.FIGURE: None},
         "costs:planner_constants",
+        given=("config_file",),
         small={
-            **{"dim": 32, "sizes": (1000, 4000), "refined": (500, 1000), "calls": 20},
+            **{
+                "dim": 32,
+                "sizes": (1000, 4000),
+                "refined": (500, 1000),
+                "drawn": (500, 1000),
+                "passes": 1,
+                "calls": 20,
+            },
             **{"memory_rows": 4000, "memory_dims": (16, 64)},
         },
         inside_ray=True,
@@ -111,6 +122,13 @@ MEASUREMENTS = (
         "steps:knowledge_step_100k",
         given=("config_file",),
         small={"rows": 2000, "index": "flat", "steps": 80, "plain_steps": 50},
+    ),
+    Measurement(
+        {"knowledge_step_100k_pretrained": Goal(1.1)},
+        "steps:knowledge_step_100k_pretrained",
+        given=("config_file",),
+        small={"rows": 2000, "index": "flat", "steps": 80, "plain_steps": 50},
+        config_file=PRETRAINED,
     ),
     Measurement(
         {"refiner_slowdown": Goal(1.1)},
@@ -166,7 +184,7 @@ def table(figures: Figures) -> Table:
 
 
 def _measured(measurement: Measurement, output: Path, config: Path, sizes: dict[str, Any]) -> Figures:
-    known: dict[str, Any] = {"folder": output.parent, "config_file": config}
+    known: dict[str, Any] = {"folder": output.parent, "config_file": measurement.config_file or config}
     if "constants" in measurement.given:
         known["constants"] = constants.load(output if constants.FIGURE in _read(output) else constants.SHIPPED)
     function = pkgutil.resolve_name(f"ask_dist.bench.{measurement.function}")

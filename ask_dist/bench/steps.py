@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from ask_dist import cluster
 from ask_dist.bank.client import BankClient
 from ask_dist.bank.service import BankService
 from ask_dist.bench.rows import clustered
-from ask_dist.bench.trainer import bench_config, windows
+from ask_dist.bench.train import LEARNING
+from ask_dist.bench.trainer import WARM_UP, WINDOW, bench_config, windows
 from ask_dist.config import Config
+from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.train import run
 
@@ -33,6 +35,8 @@ def knowledge_step_100k(
     steps: int = 900,
     plain_steps: int = 200,
     workers: int = 1,
+    warm_up: int = WARM_UP,
+    further: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Steps with knowledge out of a large bank, in a run that leaves the bank a core, against plain steps.
 
@@ -45,6 +49,8 @@ def knowledge_step_100k(
         rows, index: that the bank is filled with, and its kind.
         steps, plain_steps: of the run with knowledge, and of each without.
         workers: of each run, a core each.
+        warm_up: windows of each run that are left out.
+        further: settings of every run.
 
     Returns:
         `ratio` of the median step with knowledge to the plain one, both in seconds, and the share of late answers.
@@ -52,12 +58,12 @@ def knowledge_step_100k(
     Raises:
         InputError: the run was over before the bank was ready.
     """
-    both: dict[str, object] = {"cluster.num_workers": workers}
+    both: dict[str, object] = {"cluster.num_workers": workers, **(further or {})}
     with_bank = both | {"cluster.bank_cpus": 1, "bank.index": index, "bank.inverted_from": rows}
     with tempfile.TemporaryDirectory() as folder:
-        plain = _windows(config_file, folder, "before", plain_steps, False, both)
-        knowledge = _windows(config_file, folder, "knowledge", steps, True, with_bank, rows)
-        plain += _windows(config_file, folder, "after", plain_steps, False, both)
+        plain = _windows(config_file, folder, "before", plain_steps, False, both)[warm_up:]
+        knowledge = _windows(config_file, folder, "knowledge", steps, True, with_bank, rows)[warm_up:]
+        plain += _windows(config_file, folder, "after", plain_steps, False, both)[warm_up:]
     wanted = ("bank/rows",) if index == "flat" else ("bank/rows", "bank/inverted_rows")
     ready = [row for row in knowledge if all(row.get(name, 0.0) >= rows for name in wanted)]
     if not ready:
@@ -72,6 +78,14 @@ def knowledge_step_100k(
         "rows": rows,
         "workers": workers,
     }
+
+
+def knowledge_step_100k_pretrained(
+    config_file: Path, *, steps: int = 50, plain_steps: int = 20, **sizes: Any
+) -> dict[str, float]:
+    """As `knowledge_step_100k`, with encoders as they are trained in earnest: both towers of this run learn. A step
+    takes seconds, so that few will do."""
+    return knowledge_step_100k(config_file, steps=steps, plain_steps=plain_steps, warm_up=1, further=LEARNING, **sizes)
 
 
 def refiner_slowdown(config_file: Path, *, steps: int = 200, workers: Sequence[int] = (1, 2)) -> dict[str, float]:
@@ -96,7 +110,7 @@ def refiner_slowdown(config_file: Path, *, steps: int = 200, workers: Sequence[i
                 name = f"{where}_{strategy}"
                 further = {"cluster.num_workers": count, "refine.strategy": strategy}
                 further |= {"cluster.refine_cpus": cores} if strategy != "none" else {}
-                rows = _windows(config_file, folder, name, steps, True, further)
+                rows = _windows(config_file, folder, name, steps, True, further)[WARM_UP:]
                 seconds[name] = _step_seconds([row for row in rows if row["train/epoch"] > 1.0])
                 generations[where] = rows[-1].get("refine/generations", 0.0)
     return {
@@ -107,10 +121,31 @@ def refiner_slowdown(config_file: Path, *, steps: int = 200, workers: Sequence[i
     }
 
 
+def encoding_share(config_file: Path, *, passes: int) -> float:
+    """What a clip takes that is encoded again, by what it takes in a training step without the bank.
+
+    One worker encodes the whole split once a window. A run of plain steps goes before that.
+
+    Args:
+        config_file: the run; its test split is trained on.
+        passes: that are measured.
+    """
+    steps, alone = (WARM_UP + passes) * WINDOW, {"cluster.num_workers": 1}
+    config = bench_config(config_file, Path(), "corpus", steps, False, alone).anchored()
+    clips = ShardList.load(config.data.test).clips
+    every = WINDOW * config.global_batch_size / clips  # epochs
+    with tempfile.TemporaryDirectory() as folder:
+        plain = _windows(config_file, folder, "plain", steps, False, alone)[WARM_UP:]
+        again = alone | {"refine.strategy": "reencode", "refine.every": every}
+        encoding = _windows(config_file, folder, "encoding", steps, True, again)[WARM_UP:]
+    taken = statistics.median(row["time/reencode"] for row in encoding) * WINDOW / clips
+    return taken * config.global_batch_size / _step_seconds(plain)
+
+
 def _windows(
     config_file: Path, folder: str, name: str, steps: int, knowledge: bool, further: dict[str, Any], filled: int = 0
 ) -> list[dict[str, float]]:
-    """The windows of one run on the test split, whose bank is given `filled` rows besides."""
+    """All windows of one run on the test split, whose bank is given `filled` rows besides."""
     config = bench_config(config_file, Path(folder), name, steps, knowledge, further).anchored()
     tree = config.model_dump()
     tree["data"] |= {"train": config.data.test, "test": None}

@@ -84,7 +84,7 @@ def _trainer_rates(config: Config) -> list[float]:
 def trained(config: Config) -> list[dict[str, float]]:
     """Trains, and gives the windows that count: with knowledge, those in which every step used it."""
     run.train(config, console=Console(quiet=True))
-    measured = windows(config)
+    measured = windows(config)[WARM_UP:]
     if config.knowledge.enabled:
         # The first of them is a window that began without.
         measured = [row for row in measured if row["train/knowledge_used"] == 1.0][1:]
@@ -92,6 +92,6 @@ def trained(config: Config) -> list[dict[str, float]]:
 
 
 def windows(config: Config) -> list[dict[str, float]]:
-    """The rows of a run's metrics that each stand for a whole window, without those in which it warmed up."""
+    """The rows of a run's metrics that each stand for a whole window; in the first `WARM_UP` it warmed up."""
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train/samples_per_second" in row and row["step"] % WINDOW == 0][WARM_UP:]
+    return [row for row in rows if "train/samples_per_second" in row and row["step"] % WINDOW == 0]

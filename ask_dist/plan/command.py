@@ -59,6 +59,7 @@ COLUMNS: dict[str, Cell] = {
     "MB/s a worker": lambda plan: f"{plan.outcome.network_worker / 1e6:.1f}",
     "GB/s in all": lambda plan: f"{plan.outcome.network_all / 1e9:.2f}",
     "refined": lambda plan: f"{plan.outcome.generation:.3g} s",
+    "step": lambda plan: f"{plan.outcome.step_seconds:.3g} s",
 }
 WHERE_IT_BREAKS: dict[str, Cell] = {
     "workers": COLUMNS["workers"],
@@ -97,6 +98,7 @@ def plan(
     *,
     step_seconds: float,
     node: Node,
+    clips: int | None = None,
     console: Console,
     output: Path | None = None,
     plot: Path | None = None,
@@ -110,6 +112,7 @@ def plan(
         constants: of one core.
         step_seconds: of a training step.
         node: of one actor.
+        clips: of an epoch; None: as many as rows.
         output, plot, markdown: files for JSON, a PNG picture and the tables.
 
     Raises:
@@ -132,6 +135,8 @@ def plan(
             strategy=strategy,
             interval=config.refine.interval,
             cpu_share=config.refine.cpu_share,
+            every=config.refine.every,
+            clips=clips or size,
         )
         for size, count in itertools.product(rows, workers)
     ]
@@ -173,7 +178,13 @@ def sentence(planned: Planned) -> str:
     if outcome.problems:
         return f"nothing within reach holds {asked}; nearest is {layout} ({'; '.join(outcome.problems)})"
     refiner = ""
-    if outcome.generation > load.epoch_seconds:
+    if load.strategy == "reencode":
+        share = 1.0 - load.step_seconds / outcome.step_seconds
+        refiner = (
+            f"; every {load.steps_between:.3g} steps training stops for {outcome.reencoding:.3g} s, {share:.0%} of the "
+            "time, to encode all rows again"
+        )
+    elif outcome.generation > load.epoch_seconds:
         refiner = (
             f"; the refiner takes {outcome.generation:.3g} s a generation, training renews every row in "
             f"{load.epoch_seconds:.3g} s: more refine.cpu_share"
@@ -219,6 +230,14 @@ def constants_markdown(constants: Constants) -> str:
     rows += [
         [f"a generation of the refiner, {name}", f"{line.fixed * 1e6:.0f} + {line.growth * 1e6:.1f} a row"]
         for name, line in constants.refine.items()
+    ]
+    prototypes = constants.prototypes
+    rows += [
+        [
+            f"its prototypes, of {constants.prototype_rows} rows at most",
+            f"{prototypes.fixed * 1e6:.0f} + {prototypes.growth * 1e6:.1f} a row",
+        ],
+        ["a clip encoded again, by a clip trained on", f"{constants.encoding:.2f}"],
     ]
     rows += [
         [f"bytes of a row, {index}, {precision}", f"{line.fixed:.0f} + {line.growth:.1f} a value"]

@@ -48,7 +48,9 @@ class Constants(Section):
             of the rows of inverted files, since both the lists and the rows in one grow like it.
         upsert: by index, seconds a row and upsert, in both modalities.
         snapshot, commit: seconds a row that the bank's lock is held while the refiner copies it or writes it back.
-        refine: by strategy, seconds of a generation on the refiner's core, prototypes included; x is the bank's rows.
+        refine: by strategy, seconds of a generation on the refiner's core but for its prototypes; x is the bank's rows.
+        prototypes: seconds of a generation's prototypes; x is the rows that they are made of, `prototype_rows` at most.
+        encoding: seconds of a clip that is encoded again, read and decoded, by those of a clip that is trained on.
         call: seconds that a call keeps the actor busy beyond its work. round_trip: of one call that does nothing.
         submit: seconds that a call keeps the caller busy.
         byte: seconds to put a byte into Ray's object store.
@@ -64,6 +66,9 @@ class Constants(Section):
     snapshot: Seconds
     commit: Seconds
     refine: dict[str, Line]
+    prototypes: Line
+    prototype_rows: Annotated[int, Field(ge=1)]
+    encoding: Annotated[float, Field(ge=0.0)]
     call: Seconds
     round_trip: Seconds
     submit: Seconds
@@ -86,6 +91,11 @@ class Constants(Section):
         """Seconds of one query against one modality of `rows` rows that are `dim` wide."""
         line = self.search[index + GPU * gpu]
         return line.at(growth_of(index, rows)) * dim / self.dim
+
+    def generation_seconds(self, strategy: str, rows: float, dim: int) -> float:
+        """Seconds of a generation of the refiner over `rows` rows that are `dim` wide, on a core of its own."""
+        prototypes = self.prototypes.at(min(rows, self.prototype_rows))
+        return (self.refine[strategy].at(rows) + prototypes) * dim / self.dim
 
     def bytes_a_row(self, index: str, precision: Precision, dim: int) -> float:
         """Peak bytes a row, both modalities, all that the bank's process keeps for it."""
@@ -112,7 +122,10 @@ def load(path: Path | None = None) -> Constants:
     if path.suffix == ".json":
         if FIGURE not in tree:
             raise InputError(f"{path} has no figure {FIGURE}: run `{COMMAND}`")
-        tree = {name: value for name, value in tree[FIGURE].items() if name in Constants.model_fields}
+        figure = tree[FIGURE]
+        if missing := [name for name in Constants.model_fields if name not in figure]:
+            raise InputError(f"{path} is older than {', '.join(missing)} of {FIGURE}: run `{COMMAND}`")
+        tree = {name: value for name, value in figure.items() if name in Constants.model_fields}
     return validated(Constants, tree, path)
 
 

@@ -8,6 +8,12 @@ upserts, of u seconds; once a generation the refiner holds its lock, for h secon
 
     busy = W s / (R T) + W u / T + h / G
 
+With `refine.strategy=reencode` training stops every so many steps, and the workers encode all N rows, each clip in a
+share e of what it takes in a step. Nobody searches then, and at worst they wait for every row that a primary writes, in
+calls of c seconds with P rows over all shards, so the pass takes
+
+    N e T / (W m) + N v / S + N c / P,    with v the seconds of a row's write.
+
 Two ways of arriving bound the wait, and the later answer of the two counts:
 
 - Workers out of step: Poisson arrivals, M/G/1. The mean wait is Pollaczek and Khinchine's,
@@ -40,6 +46,7 @@ REPLICAS = tuple(2**power for power in range(9))
 ROW_EXTRA = 20  # bytes of id, age and reliability that travel with a row
 SCORE_BYTES = 12  # of a neighbour that a shard offers: score and id
 VISITS = 3  # own rows, nearest, chosen: see ask_dist/bank/shard.py
+PART = 1024  # rows that a worker encodes again and then writes: see ask_dist/train/reencode.py
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Load:
         batch: ids a search and rows an upsert. dim: values of an embedding. neighbours: k, by each modality.
         precision: of the bank's rows. threads: of one search; it is taken to be as much faster.
         strategy, interval, cpu_share: of the refiner, as configured; "none" for no refiner.
+        every: epochs between two passes of the strategy "reencode", as configured. clips: of an epoch.
     """
 
     workers: int
@@ -64,11 +72,18 @@ class Load:
     strategy: str
     interval: float
     cpu_share: float
+    every: float
+    clips: int
 
     @property
     def epoch_seconds(self) -> float:
         """Until training itself has renewed every row, if it visits all of them."""
         return self.rows / (self.workers * self.batch) * self.step_seconds
+
+    @property
+    def steps_between(self) -> float:
+        """Steps between two passes of the strategy "reencode"."""
+        return max(1.0, self.every * self.clips / (self.workers * self.batch))
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,7 @@ class Work:
             and of the upsert's rows.
         calls: that the worker sends, to all shards.
         hold, generation: seconds that the refiner holds the lock, and between two such times.
+        reencoding: seconds of a pass in which the workers encode all rows again; 0 with other strategies.
     """
 
     search: float
@@ -115,6 +131,7 @@ class Work:
     rows_sent: float
     hold: float
     generation: float
+    reencoding: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,8 @@ class Outcome:
         memory_shard, memory_all: of one actor and of all.
         network_bank: of a primary, in and out together. network_worker: of a worker, the greater of the two.
         network_all: what travels in all.
-        generation: seconds between two corrections of a row by the refiner.
+        generation: seconds between two corrections of a row, by the refiner or by a pass of "reencode".
+        reencoding: seconds of such a pass, in which training waits. step_seconds: of a step, these passes included.
         strain: what it uses of the limit that it is nearest to, or furthest beyond.
         problems: why it does not hold; empty if it does.
     """
@@ -149,6 +167,8 @@ class Outcome:
     network_worker: float
     network_all: float
     generation: float
+    reencoding: float
+    step_seconds: float
     strain: float = 0.0
     problems: tuple[str, ...] = ()
 
@@ -163,16 +183,23 @@ def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) ->
     visits, exchanged = (1, 0.0) if shards == 1 else (VISITS, load.batch * width + shards * found * SCORE_BYTES)
     own = load.batch / shards
     touched = 1.0 - (1.0 - 1.0 / shards) ** load.batch  # chance that a shard owns any row of a batch
-    hold, generation = 0.0, math.inf
-    if load.strategy != "none":
-        hold = rows * (constants.snapshot + constants.commit) * scale
-        generation = max(hold, load.interval, constants.refine[load.strategy].at(load.rows) * scale / load.cpu_share)
     followed = (layout.replicas - 1) * constants.snapshot  # each replica is given a copy of what was written
+    written = (constants.upsert[index] + followed) * scale
+    hold, generation, reencoding = 0.0, math.inf, 0.0
+    if load.strategy == "reencode":  # the refiner makes prototypes and corrects nothing
+        hold = rows * constants.snapshot * scale
+        encoded = constants.encoding * load.step_seconds * load.rows / (load.workers * load.batch)
+        reencoding = encoded + rows * written + load.rows / PART * constants.call
+    elif load.strategy != "none":
+        hold = rows * (constants.snapshot + constants.commit) * scale
+    if load.strategy != "none":
+        taken = constants.generation_seconds(load.strategy, load.rows, load.dim)
+        generation = max(hold, load.interval, taken / load.cpu_share)
     return Work(
         search=visits * constants.call
         + queries * constants.query_seconds(index, rows, load.dim, gpu) / load.threads
         + (answer + exchanged / shards) * constants.byte,
-        upsert=touched * constants.call + own * (constants.upsert[index] + followed) * scale,
+        upsert=touched * constants.call + own * written,
         visits=visits,
         calls=shards * (visits + touched),
         answer=answer,
@@ -180,6 +207,7 @@ def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) ->
         rows_sent=own * width,
         hold=hold,
         generation=generation,
+        reencoding=reencoding,
     )
 
 
@@ -227,6 +255,7 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
         together = min(1.0, max(0.0, drained - allowed) / burst)
         held = [max(0.0, part.hold + base - allowed) / part.generation for base in (part.search, drained)]
         late = min(1.0, max(alone + held[0], together + held[1]))
+    step_in_all = step + part.reencoding / load.steps_between
     slowest = part.visits * wait_quantile(busy, wait, QUANTILE, waits)
     outcome = Outcome(
         layout=layout,
@@ -242,7 +271,9 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
         network_bank=searches * (part.answer + part.exchanged) + upserts * layout.replicas * part.rows_sent,
         network_worker=shards * max(part.answer, part.rows_sent) / step,
         network_all=load.workers / step * shards * (part.answer + part.exchanged + layout.replicas * part.rows_sent),
-        generation=part.generation,
+        generation=load.steps_between * step_in_all if part.reencoding else part.generation,
+        reencoding=part.reencoding,
+        step_seconds=step_in_all,
     )
     strains = _strains(outcome, node)
     problems = tuple(told for told, strain in strains.items() if strain > 1.0)

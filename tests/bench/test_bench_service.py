@@ -52,13 +52,15 @@ def test_callers_are_measured_with_and_without_upserts(local_ray):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_measured_constants_are_those_that_the_model_takes(local_ray):
-    found = Constants.model_validate(measured("planner_constants"))
+def test_the_measured_constants_are_those_that_the_model_takes(local_ray, tones):
+    found = Constants.model_validate(measured("planner_constants", config_file=tones))
     assert set(found.indexes(gpu=False)) == set(found.upsert) == set(found.memory)
     assert all(line.at(10_000) > 0 for line in (*found.search.values(), *found.refine.values()))
     assert min(found.snapshot, found.commit, found.byte, *found.upsert.values()) > 0
     assert found.bytes_a_row("flat", "float32", 64) > 2 * 64 * 2  # at least what is stored
-    assert "kernel" in found.refine
+    assert {"kernel", "reencode"} <= set(found.refine)
+    assert found.prototypes.at(1000) > 0
+    assert found.encoding > 0
 
 
 @pytest.mark.ray
@@ -149,6 +151,14 @@ def test_a_step_with_a_large_bank_is_set_beside_plain_ones(tones):
     assert figure["ratio"] == pytest.approx(figure["knowledge_seconds"] / figure["plain_seconds"])
     assert figure["windows"] > 0
     assert 0 <= figure["late_share"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_same_is_measured_with_pretrained_towers_that_learn(tones):
+    figure = measured("knowledge_step_100k_pretrained", config_file=tones)
+    assert figure["ratio"] == pytest.approx(figure["knowledge_seconds"] / figure["plain_seconds"])
+    assert figure["windows"] > 0
 
 
 @pytest.mark.slow

@@ -76,6 +76,24 @@ def test_input_errors_are_one_line_and_exit_2(arguments, said, capsys):
     assert said in line
 
 
+def test_passes_of_reencode_lengthen_a_step_by_the_clips_of_an_epoch(tmp_path, capsys):
+    steps = {}
+    for clips in ("1e8", "1e6"):
+        settings = ("--workers", "512", "--rows", "1e8", "--step-seconds", "1", "--clips", clips)
+        assert run(*settings, "refine.strategy=reencode", "bank.threads=16", "--output", tmp_path / "plan.json") == 0
+        printed = capsys.readouterr().out
+        (outcome,) = {
+            (plan["outcome"]["reencoding"], plan["outcome"]["step_seconds"])
+            for plan in json.loads((tmp_path / "plan.json").read_text())["plans"]
+            if plan["outcome"]["layout"]["index"] == "ivf_flat"
+        }
+        between = 0.5 * float(clips) / (512 * 16)
+        assert outcome[1] == pytest.approx(1 + outcome[0] / between)
+        assert f"every {between:.3g} steps training stops for {outcome[0]:.3g} s" in printed
+        steps[clips] = outcome[1]
+    assert steps["1e6"] - 1 == pytest.approx(100 * (steps["1e8"] - 1))
+
+
 def test_more_threads_need_fewer_actors(tmp_path):
     actors = []
     for threads in (1, 16):

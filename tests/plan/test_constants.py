@@ -52,6 +52,11 @@ def test_a_bench_that_is_there_wins_over_what_ships(tmp_path, monkeypatch):
         ("bank.json", "{", "not readable"),
         ("bank.json", "[1]", "not a mapping"),
         ("bank.json", "{}", f"no figure {FIGURE}"),
+        (
+            "bank.json",
+            json.dumps({FIGURE: dict.fromkeys(Constants.model_fields.keys() - {"call"})}),
+            "older than call of",
+        ),
         ("mine.yaml", "dim: -1", "dim=-1"),
         ("mine.yaml", "!!python/object/apply:os.system [echo]", "not readable"),
     ],
@@ -64,7 +69,7 @@ def test_a_file_without_constants_is_refused_in_one_line(tmp_path, name, content
     assert "\n" not in str(refused.value)
 
 
-def test_search_grows_with_the_rows_or_their_root_and_with_the_width():
+def test_work_grows_with_the_rows_or_their_root_and_with_the_width():
     found = Constants(
         machine={},
         dim=100,
@@ -73,7 +78,10 @@ def test_search_grows_with_the_rows_or_their_root_and_with_the_width():
         upsert={},
         snapshot=0,
         commit=0,
-        refine={},
+        refine={"kernel": {"fixed": 2.0, "growth": 0.5}},
+        prototypes={"fixed": 1.0, "growth": 0.25},
+        prototype_rows=8,
+        encoding=0.5,
         call=0,
         round_trip=0,
         submit=0,
@@ -84,6 +92,8 @@ def test_search_grows_with_the_rows_or_their_root_and_with_the_width():
     assert found.query_seconds("ivf_flat", 16, 100, gpu=False) == pytest.approx(3.0)
     assert found.query_seconds("flat", 16, 200, gpu=False) == pytest.approx(18.0)
     assert found.bytes_a_row("flat", "float16", 10) == 48
+    assert found.generation_seconds("kernel", 4, 100) == pytest.approx(6.0)
+    assert found.generation_seconds("kernel", 100, 200) == pytest.approx(2 * (52.0 + 3.0))  # of 8 rows at most
     assert growth_of("ivf_pq", 100) == 10
 
 

@@ -31,7 +31,10 @@ CONSTANTS = Constants(
     upsert={"flat": 5e-6, "ivf_flat": 5e-5},
     snapshot=1e-6,
     commit=3e-6,
-    refine={"kernel": {"fixed": 0.5, "growth": 3e-5}},
+    refine={"kernel": {"fixed": 0.5, "growth": 3e-6}, "reencode": {"fixed": 0.1, "growth": 1e-6}},
+    prototypes={"fixed": 0.1, "growth": 2e-5},
+    prototype_rows=30_000,
+    encoding=0.4,
     call=5e-4,
     round_trip=1e-3,
     submit=2e-4,
@@ -54,6 +57,8 @@ LOAD = Load(
     strategy="kernel",
     interval=2.0,
     cpu_share=0.1,
+    every=0.5,
+    clips=1_000_000,
 )
 ONE = Layout("ivf_flat", 1, 1)
 
@@ -179,3 +184,32 @@ def test_many_shards_cost_a_worker_its_time():
     few, many = (predict(LOAD, Layout("ivf_flat", shards, 1), CONSTANTS, NODE) for shards in (4, 256))
     assert few.sending < 0.1
     assert any(problem.startswith("sending") for problem in many.problems)
+
+
+def test_a_pass_of_reencode_adds_its_part_to_a_step():
+    plain, again = (predict(replace(LOAD, strategy=name), ONE, CONSTANTS, NODE) for name in ("none", "reencode"))
+    encoded = 1_000_000 / (16 * 16) * 0.4 * 0.25  # clips that a worker encodes, at a share of their part of a step
+    written = 1_000_000 * (5e-5 + 5e-4 / 1024)
+    assert again.reencoding == pytest.approx(encoded + written)
+    between = 0.5 * 1_000_000 / (16 * 16)
+    assert again.step_seconds == pytest.approx(0.25 + (encoded + written) / between)
+    assert (plain.reencoding, plain.step_seconds) == (0.0, 0.25)
+    assert again.generation == pytest.approx(between * again.step_seconds)
+
+
+def test_more_rows_cost_reencode_more_and_more_workers_and_rarer_passes_less():
+    def step(**changed: float) -> float:
+        load_ = replace(LOAD, strategy="reencode", **changed)
+        return predict(load_, Layout("ivf_flat", 4, 1), CONSTANTS, NODE).step_seconds
+
+    assert step(rows=2_000_000) > step() > step(every=2.0) > 0.25
+    passes = [predict(replace(LOAD, strategy="reencode", workers=n), ONE, CONSTANTS, NODE) for n in (16, 64)]
+    assert passes[0].reencoding > passes[1].reencoding
+
+
+def test_where_all_rows_are_encoded_again_the_refiner_writes_none():
+    again, kernel = (work(replace(LOAD, strategy=name), ONE, CONSTANTS) for name in ("reencode", "kernel"))
+    assert again.hold == pytest.approx(1_000_000 * 1e-6)
+    assert kernel.hold == pytest.approx(1_000_000 * 4e-6)
+    assert again.generation == pytest.approx((0.1 + 1.0 + 0.1 + 0.6) / 0.1)
+    assert kernel.generation == pytest.approx((0.5 + 3.0 + 0.1 + 0.6) / 0.1)
