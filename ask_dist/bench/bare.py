@@ -57,7 +57,6 @@ def _worker(rank: int, world_size: int, tree: dict[str, Any], folder: str, windo
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     shards, settings = ShardList.load(config.data.train), config.optimization
     model = start.new_model(config, Vocabulary.train(captions(shards, 10_000), config.model.text.vocabulary)).to(device)
-    tokenize = model.text.tokenize
     wrapped = DistributedDataParallel(model.train())
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate)
@@ -71,13 +70,14 @@ def _worker(rank: int, world_size: int, tree: dict[str, Any], folder: str, windo
         clip_seconds=config.data.clip_seconds,
         lanes=config.data.lanes,
         shuffle_window=config.data.shuffle_window,
+        tokenize=model.text.portable_tokenize(),
     )
     half = AUTOCAST.get(settings.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
     rates, since = [], time.monotonic()
     for step, batch in zip(range(1, (settings.max_steps or 1) + 1), loader.batches(), strict=False):
         with torch.autocast(device.type, half) if half else nullcontext():
-            features = wrapped(batch.audio.to(device, non_blocking=True), tokenize(batch.captions).to(device))
+            features = wrapped(*(rows.to(device, non_blocking=True) for rows in (batch.audio, batch.tokens)))
         audio, text, scale = features[:3]
         all_audio, all_text = torch.cat(all_gather(audio)), torch.cat(all_gather(text))
         target = torch.arange(len(audio), device=device) + rank * len(audio)

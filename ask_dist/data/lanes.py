@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,18 +18,23 @@ from ask_dist.data.quarantine import Record
 from ask_dist.data.samples import Raw, open_clip, open_description, read_clips
 from ask_dist.data.shards import ShardList, stable_id
 
+# Captions -> int64 [captions, tokens], padded with 0 at the end. It is pickled for decoding processes.
+Tokenize = Callable[[list[str]], torch.Tensor]
+
 NO_ID = -1
 CHANGED = "its SHA-256 is not that of sizes.json; clips that can still be read are used"
 
 
 @dataclass
 class Part:
-    """The clips of some lanes at one step; an invalid one has zeros and "". `notices` name whole shards."""
+    """The clips of some lanes at one step; an invalid one has zeros and "". `notices` name whole shards; `tokens` are
+    [clips, 0] where nobody needs them."""
 
     ids: list[int]
     keys: list[str]
     audio: torch.Tensor
     captions: list[str]
+    tokens: torch.Tensor
     valid: list[bool]
     swapped: list[bool]
     bad: list[Record] = field(default_factory=list)
@@ -39,13 +44,15 @@ class Part:
 @dataclass(frozen=True)
 class Cut:
     """What becomes of clips: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have, and
-    those that are `held_out`. With `undecodable` no sound is decoded, and these keys are bad, for its reasons."""
+    those that are `held_out`. With `undecodable` no sound is decoded, and these keys are bad, for its reasons. What
+    makes tokens of captions, if anybody needs them, is `tokenize`."""
 
     sample_rate: int
     samples: int
     max_seconds: float
     held_out: HeldOut = field(default_factory=HeldOut)
     undecodable: Mapping[str, str] | None = None
+    tokenize: Tokenize | None = None
 
 
 class LaneReader(IterableDataset[Part]):
@@ -63,7 +70,13 @@ class LaneReader(IterableDataset[Part]):
 
     def without_sounds(self, undecodable: Mapping[str, str]) -> LaneReader:
         """The same clips with their captions alone: audio is [clips, 0], and nothing is decoded."""
-        cut = replace(self._cut, samples=0, undecodable=undecodable)
+        return self._with(replace(self._cut, samples=0, undecodable=undecodable))
+
+    def without_tokens(self) -> LaneReader:
+        """The same clips with tokens [clips, 0]."""
+        return self._with(replace(self._cut, tokenize=None))
+
+    def _with(self, cut: Cut) -> LaneReader:
         return LaneReader(self._shards, self._order, self._lanes, cut, self._start_step)
 
     def __iter__(self) -> Iterator[Part]:
@@ -122,7 +135,8 @@ class LaneReader(IterableDataset[Part]):
         size = len(clips)
         # Not zeros: fresh zeroed pages for each batch cost more than filling recycled memory.
         audio = torch.empty(size, self._cut.samples)
-        part = Part([NO_ID] * size, [""] * size, audio, [""] * size, [False] * size, [False] * size)
+        tokens = torch.empty(size, 0, dtype=torch.int64)
+        part = Part([NO_ID] * size, [""] * size, audio, [""] * size, tokens, [False] * size, [False] * size)
         waveforms = audio.numpy()
         for place, clip in enumerate(clips):
             if clip is not None:
@@ -132,6 +146,8 @@ class LaneReader(IterableDataset[Part]):
                     part.bad.append({"shard": clip[0].shard, "key": clip[0].key, "reason": str(error)})
             if not part.valid[place]:
                 waveforms[place] = 0
+        if self._cut.tokenize is not None:
+            part.tokens = self._cut.tokenize(part.captions)
         return part
 
     def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, turn: int, epoch: int) -> None:

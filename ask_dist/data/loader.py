@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ask_dist.data.audio import BadSample, fit_length
-from ask_dist.data.lanes import Cut, LaneReader, Part
+from ask_dist.data.lanes import Cut, LaneReader, Part, Tokenize
 from ask_dist.data.leaks import HeldOut, sound_digest
 from ask_dist.data.order import Order, lanes_of
 from ask_dist.data.prefetch import prefetched
@@ -32,14 +34,15 @@ log = logging.getLogger(__name__)
 class Batch:
     """One rank's part of a global batch; B is the local batch size.
 
-    Where `valid` is False (the end of an epoch, a bad sample) the id is -1, the key "" and audio and caption are a
-    valid sample's, or zeros and "" where the batch has none.
+    Where `valid` is False (the end of an epoch, a bad sample) the id is -1, the key "" and audio, caption and tokens
+    are a valid sample's, or zeros, "" and its tokens where the batch has none.
 
     Attributes:
         ids: int64 [B].
         keys: B names.
         audio: float32 [B, samples], in pinned memory where there is a GPU.
         captions: one a clip.
+        tokens: int64 [B, tokens] of the captions, padded with 0, pinned like audio; [B, 0] where nobody needs them.
         valid: bool [B].
         swapped: bool [B], the "swapped" of the clip's JSON.
         epoch: from 0.
@@ -50,6 +53,7 @@ class Batch:
     keys: list[str]
     audio: torch.Tensor
     captions: list[str]
+    tokens: torch.Tensor
     valid: torch.Tensor
     swapped: torch.Tensor
     epoch: int
@@ -94,11 +98,12 @@ class TrainLoader:
         clip_seconds: longer clips are cropped at random, shorter ones padded.
         lanes: see order.py. The order depends on it, so a run keeps it when its world_size changes.
         shuffle_window: clips shuffled together in a lane.
-        processes: that decode; 0 decodes in a thread. The batches are the same.
+        processes: that decode and tokenize; 0 does it in a thread. The batches are the same.
         max_bad_share: more bad samples than this share stop the run.
         max_clip_seconds: longer audio is bad; see audio.decode.
         quarantine: file that gets a line for each bad sample, or None.
         held_out: clips that count as bad samples if they are met.
+        tokenize: makes tokens of captions; with None batches come without.
 
     Raises:
         InputError: the batch, the lanes and the ranks don't fit together, or the weights leave no clip.
@@ -121,6 +126,7 @@ class TrainLoader:
         max_clip_seconds: float = MAX_SECONDS,
         quarantine: Path | None = None,
         held_out: HeldOut | None = None,
+        tokenize: Tokenize | None = None,
     ) -> None:
         own = lanes_of(rank, world_size, lanes)
         global_batch = local_batch_size * world_size
@@ -137,7 +143,8 @@ class TrainLoader:
         self._clips_per_epoch = sum(order.lane_length(lane) for lane in own)
         self._processes = min(processes, len(own))
         self._max_bad_share = max_bad_share
-        cut = Cut(sample_rate, round(clip_seconds * sample_rate), max_clip_seconds, held_out or HeldOut())
+        samples = round(clip_seconds * sample_rate)
+        cut = Cut(sample_rate, samples, max_clip_seconds, held_out or HeldOut(), tokenize=tokenize)
         self._reader = LaneReader(shards, order, own, cut)
 
     def leave_out_sounds(self, undecodable: Mapping[str, str]) -> None:
@@ -147,6 +154,10 @@ class TrainLoader:
             undecodable: keys of clips whose sound can't be used, with the reason: bad samples as before.
         """
         self._reader = self._reader.without_sounds(undecodable)
+
+    def leave_out_tokens(self) -> None:
+        """From now on the same batches come with tokens [B, 0]."""
+        self._reader = self._reader.without_tokens()
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """The batches from a global step on, exactly those of an uninterrupted stream; it never ends.
@@ -193,6 +204,7 @@ class TrainLoader:
                 batch_size=None,
                 num_workers=self._processes,
                 multiprocessing_context="forkserver",
+                worker_init_fn=_one_thread,
                 generator=torch.Generator(),  # else it draws from the one that a step's dropout has just seeded
             )
         )
@@ -208,27 +220,40 @@ class TrainLoader:
             )
 
 
+def _one_thread(_worker: int) -> None:
+    """Tokenizers of Hugging Face use one thread in a decoding process, as torch does; the user's own setting counts."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     """Join the parts of a step and fill the invalid places with the first valid sample."""
     valid = [flag for part in parts for flag in part.valid]
     captions = [caption for part in parts for caption in part.captions]
     audio = torch.cat([part.audio for part in parts]) if len(parts) > 1 else parts[0].audio
+    width = max(part.tokens.shape[1] for part in parts)
+    tokens = torch.cat([nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts])
     if any(valid):
         donor = valid.index(True)
         for place, flag in enumerate(valid):
             if not flag:
                 audio[place] = audio[donor]
                 captions[place] = captions[donor]
+                tokens[place] = tokens[donor]
     return Batch(
         ids=torch.tensor([clip_id for part in parts for clip_id in part.ids], dtype=torch.int64),
         keys=[key for part in parts for key in part.keys],
-        audio=audio.pin_memory() if torch.cuda.is_available() else audio,
+        audio=_pinned(audio),
         captions=captions,
+        tokens=_pinned(tokens),
         valid=torch.tensor(valid),
         swapped=torch.tensor([flag for part in parts for flag in part.swapped]),
         epoch=epoch,
         step=step,
     )
+
+
+def _pinned(rows: torch.Tensor) -> torch.Tensor:
+    return rows.pin_memory() if torch.cuda.is_available() else rows
 
 
 def _of_a_death(error: Exception) -> bool:

@@ -6,9 +6,10 @@ No code of the folder is run and weights are read from safetensors alone. Licenc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ask_dist.config import Model
@@ -60,7 +61,7 @@ class FolderTextEncoder(TextEncoder):
                 raise InputError(f"{folder} holds no {name}: give a folder of transformers with a fast tokenizer")
         transformers = optional_module("transformers", NAME)
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, use_fast=True, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises types of many libraries
@@ -69,29 +70,32 @@ class FolderTextEncoder(TextEncoder):
         if kind == "AutoModel" and getattr(self.network, "pooler", None) is not None:
             self.network.pooler.requires_grad_(False)  # nothing asks for what it makes
         self.output_dim: int = self.network.config.hidden_size
-        self.padding = self.tokenizer.pad_token_id
+        self._check(folder, tokenizer, max_tokens)
+        self.padding = tokenizer.pad_token_id
         self.max_tokens = max_tokens
         self.pooling = pooling
-        # Taken now, and without padding and truncation: the library writes those of each call into its tokenizer.
-        self.tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer.backend_tokenizer.no_truncation()
-        self._tokenizer_json: str = self.tokenizer.backend_tokenizer.to_str()
-        self._check(folder)
+        self._described = description("text", tokenizer)
+        # Of transformers' own tokenizer its description alone is kept: decoding processes then need not import it.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+        self._tokenizer_json: str = tokenizer.backend_tokenizer.to_str()
+        self._units = Tokenizer.from_str(self._tokenizer_json)
+        self._units.enable_truncation(max_tokens, direction=tokenizer.truncation_side)
+        self._units.enable_padding(pad_id=self.padding, pad_token=tokenizer.pad_token)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """int64 [batch, longest], cut at `max_tokens`."""
         if not captions:
             return torch.zeros(0, 1, dtype=torch.int64)
-        encoded = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        return self.exchange_padding(encoded["input_ids"])
+        rows = [encoding.ids for encoding in self._units.encode_batch(captions)]
+        return self.exchange_padding(torch.tensor(rows, dtype=torch.int64))
 
     def assets(self) -> dict[str, bytes]:
-        described = description("text", self.network.config, self.tokenizer)
-        return described | {
-            name: self._tokenizer_json.encode() for name in (Vocabulary.FILE, f"text/{Vocabulary.FILE}")
-        }
+        return (
+            description("text", self.network.config)
+            | self._described
+            | {name: self._tokenizer_json.encode() for name in (Vocabulary.FILE, f"text/{Vocabulary.FILE}")}
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [batch, tokens] of `tokenize` -> float [batch, output_dim]."""
@@ -102,15 +106,15 @@ class FolderTextEncoder(TextEncoder):
         weights = present.unsqueeze(2).to(states.dtype)
         return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
 
-    def _check(self, folder: Path) -> None:
-        if self.tokenizer.pad_token_id is None:
+    def _check(self, folder: Path, tokenizer: Any, max_tokens: int) -> None:
+        if tokenizer.pad_token_id is None:
             raise InputError(f"the tokenizer of {folder} has no padding token: choose an encoder that pads")
-        positions = getattr(self.network.config, "max_position_embeddings", self.tokenizer.model_max_length)
-        longest = min(self.tokenizer.model_max_length, positions)
+        positions = getattr(self.network.config, "max_position_embeddings", tokenizer.model_max_length)
+        longest = min(tokenizer.model_max_length, positions)
         if getattr(self.network.config, "model_type", None) in POSITIONS_FROM_PADDING:
-            longest = min(longest, positions - self.tokenizer.pad_token_id - 1)
-        if self.max_tokens > longest:
-            raise InputError(f"model.text.max_tokens={self.max_tokens} is more than {folder} takes; use {longest}")
+            longest = min(longest, positions - tokenizer.pad_token_id - 1)
+        if max_tokens > longest:
+            raise InputError(f"model.text.max_tokens={max_tokens} is more than {folder} takes; use {longest}")
 
 
 def minilm_folder() -> Path:

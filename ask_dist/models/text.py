@@ -24,14 +24,21 @@ class TextEncoder(Encoder):
         output_dim: width of the vectors that it gives.
         padding: the id of its tokenizer's own padding.
 
-    `tokenize(captions)` gives int64 [batch, tokens], padded with 0; where that is another token's id, the two ids are
-    exchanged. `forward(tokens)` gives float [batch, output_dim].
+    `tokenize(captions)` gives int64 [batch, tokens], padded with 0 at the end; where that is another token's id, the
+    two ids are exchanged. `forward(tokens)` gives float [batch, output_dim].
     """
 
     padding: int = 0
 
     def tokenize(self, captions: list[str]) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not define tokenize(captions)")
+
+    def portable_tokenize(self) -> Callable[[list[str]], Tensor]:
+        """`tokenize` of a copy without weights and layers, which can be pickled for a decoding process."""
+        alone = type(self).__new__(type(self))
+        nn.Module.__init__(alone)
+        vars(alone).update({name: value for name, value in vars(self).items() if name not in vars(alone)})
+        return alone.tokenize
 
     def exchange_padding(self, tokens: Tensor) -> Tensor:
         """From the ids of the tokenizer to those of `tokenize`, and back."""

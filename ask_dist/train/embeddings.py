@@ -103,12 +103,14 @@ class Embeddings:
         model.given = frozenset(name for name in ("audio", "text") if getattr(self, name) is not None)
         if self.audio is not None:
             loader.leave_out_sounds(self.audio.bad)
+        if self.text is not None:
+            loader.leave_out_tokens()
 
-    def inputs(self, batch: Batch, model: DualEncoder) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the model's `forward` takes for a batch, on the CPU; zeros as the vectors of invalid rows."""
         audio = batch.audio if self.audio is None else self.audio.rows(batch.ids.numpy())
         if self.text is None:
-            return audio, model.text.tokenize(batch.captions)
+            return audio, batch.tokens
         ids = np.array([stable_id(caption) for caption in batch.captions], np.int64)
         return audio, self.text.rows(np.where(batch.valid.numpy(), ids, NO_ID))
 

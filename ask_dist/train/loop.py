@@ -66,6 +66,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)
     shards = load_shards(config)
     held_out = start.held_out_clips(config, shards, rank, world_size)
+    model = start.new_model(config, vocabulary)
     loader = TrainLoader(
         shards["train"],
         rank=rank,
@@ -81,9 +82,9 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         max_clip_seconds=config.data.max_clip_seconds,
         quarantine=config.run_dir / QUARANTINE,
         held_out=held_out,
+        tokenize=model.text.portable_tokenize(),
     )
     total_steps = run_length(config, loader.steps_per_epoch)
-    model = start.new_model(config, vocabulary)
     if config.model.source is not None:
         load_weights(model, config.model.source)
     add_adapters(model, config.model)

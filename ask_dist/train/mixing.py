@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ask_dist.data.lanes import Tokenize
 from ask_dist.data.loader import Batch
 from ask_dist.data.shards import stable_id
 
@@ -14,7 +15,7 @@ SPREAD = 10.0  # dB: neither sound is louder than the other by more
 CONJUNCTION = "and"
 
 
-def mix(batch: Batch, share: float, device: torch.device) -> tuple[Batch, Tensor]:
+def mix(batch: Batch, share: float, device: torch.device, tokenize: Tokenize) -> tuple[Batch, Tensor]:
     """A batch in which some rows are two of its clips at once, drawn from torch's default generator.
 
     Valid rows are drawn in pairs. Both rows of a pair become mixtures of their two clips, each with a level of its own
@@ -25,6 +26,7 @@ def mix(batch: Batch, share: float, device: torch.device) -> tuple[Batch, Tensor
         batch: of the loader, with sounds.
         share: of the valid rows, rounded to whole pairs; 0 draws nothing and gives the batch as it is.
         device: where the sounds are mixed.
+        tokenize: makes tokens of the joined captions; it is not called where nothing is mixed.
 
     Returns:
         The batch, and bool [B] on `device`: the mixed rows. They are no pair of the corpus; ids of the others stay.
@@ -44,7 +46,7 @@ def mix(batch: Batch, share: float, device: torch.device) -> tuple[Batch, Tensor
         ids[target] = stable_id(f"{low}+{high}")
         captions[target] = f"{batch.captions[target].rstrip(' .')} {CONJUNCTION} {batch.captions[other]}"
     mixed[targets] = True
-    return replace(batch, audio=audio, ids=ids, captions=captions), mixed.to(device)
+    return replace(batch, audio=audio, ids=ids, captions=captions, tokens=tokenize(captions)), mixed.to(device)
 
 
 def _sum(signal: Tensor, noise: Tensor, level: Tensor) -> Tensor:

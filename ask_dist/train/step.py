@@ -37,10 +37,10 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         neighbours = None
         if state.knowledge:
             neighbours = state.knowledge.exchange(batch.ids, following.ids, step, state.total_steps)
-    batch, mixed = mix(batch, state.config.augment.mix_share, device)
+    batch, mixed = mix(batch, state.config.augment.mix_share, device, engine.module.text.tokenize)
     ids, valid = batch.ids.to(device, non_blocking=True), batch.valid.to(device, non_blocking=True)
     with clock("forward"):
-        inputs = state.embeddings.inputs(batch, engine.module)
+        inputs = state.embeddings.inputs(batch)
         seed = step_seed(state.config.seed, step, state.rank)
         features, chunks = embed(engine, inputs, state.config.optimization.micro_batch_size, seed)
     probe = (step + 1) % state.config.optimization.log_every == 0
@@ -88,7 +88,7 @@ def embed(
     """
 
     def encode(audio: Tensor, tokens: Tensor) -> Features:
-        return engine(audio.to(engine.device, non_blocking=True), tokens.to(engine.device))
+        return engine(audio.to(engine.device, non_blocking=True), tokens.to(engine.device, non_blocking=True))
 
     if len(inputs[0]) <= micro_batch_size:
         return encode(*inputs), None

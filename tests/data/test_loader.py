@@ -4,6 +4,7 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ask_dist.data.pack import write_shards
 from ask_dist.data.samples import read_shard
 from ask_dist.data.shards import Clip, ShardList, stable_id
 from ask_dist.errors import InputError
+from ask_dist.models.text import TransformerTextEncoder, Vocabulary
 
 MakeClip = Callable[..., Clip]
 
@@ -44,7 +46,7 @@ def take(source: TrainLoader, count: int, start: int = 0) -> list[Batch]:
 
 def assert_same(one: Batch, other: Batch) -> None:
     assert (one.epoch, one.step, one.keys, one.captions) == (other.epoch, other.step, other.keys, other.captions)
-    for name in ("ids", "audio", "valid", "swapped"):
+    for name in ("ids", "audio", "tokens", "valid", "swapped"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -175,6 +177,30 @@ def test_decoding_processes_give_the_same_batches(shards: ShardList) -> None:
     expected = take(loader(shards, **geometry), 6, 5)
     for batch, other in zip(take(loader(shards, processes=2, **geometry), 6, 5), expected, strict=True):
         assert_same(batch, other)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [0, 1, 2])
+def test_tokens_are_those_of_the_batchs_captions(
+    tmp_path: Path, make_clip: MakeClip, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    clips = [replace(make_clip(n), captions=("a drum " * (n % 7) + f"number {n}",)) for n in range(41)]
+    write_shards(clips, tmp_path, "train", clips_per_shard=10)
+    vocabulary = Vocabulary.train(["a drum", "number"], 280)
+    text = TransformerTextEncoder(vocabulary, width=16, layers=1, heads=2, max_tokens=24, dropout=0.0)
+    geometry = {"lanes": 2, "local_batch_size": 4, "processes": processes}
+    source = loader(ShardList.load(tmp_path), tokenize=text.portable_tokenize(), **geometry)
+    batches = take(source, 2 * source.steps_per_epoch)
+    assert any(not batch.valid.all() for batch in batches)
+    for batch in batches:
+        assert torch.equal(batch.tokens, text.tokenize(batch.captions))
+    halves = [[int((half != 0).sum(dim=1).max()) for half in batch.tokens.chunk(2)] for batch in batches]
+    assert any(one != other for one, other in halves)  # the processes' parts are not equally wide
+    source.leave_out_tokens()
+    (without,) = take(source, 1)
+    assert without.tokens.shape == (4, 0)
+    assert without.captions == batches[0].captions
 
 
 def broken_copy(corpus: Path, folder: Path) -> ShardList:

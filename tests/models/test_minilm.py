@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,19 @@ def test_the_saved_tokenizer_gives_the_same_tokens(minilm, tmp_path):
     loaded = Vocabulary.load(tmp_path / Vocabulary.FILE).tokenizer
     for caption in CAPTIONS:
         assert loaded.encode(caption).ids == minilm.tokenize([caption])[0].tolist()
+
+
+def test_a_decoding_process_needs_neither_weights_nor_transformers(minilm, tmp_path):
+    (tmp_path / "tokenize").write_bytes(content := pickle.dumps(minilm.portable_tokenize()))
+    assert len(content) < 4e6  # of 90 MB of weights
+    code = (
+        "import pickle, sys\n"
+        "tokens = pickle.load(open(sys.argv[1], 'rb'))(sys.argv[2:])\n"
+        "print(tokens.tolist(), 'transformers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "tokenize"), *CAPTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{minilm.tokenize(CAPTIONS).tolist()} False"
 
 
 def test_another_folder_with_another_padding_works_the_same(padded_by_one):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,14 @@ def test_an_odd_width_works(vocabulary):
     assert network(network.tokenize(["a drum"])).shape == (1, 15)
 
 
+def test_a_portable_tokenizer_gives_the_same_tokens_without_the_weights(vocabulary):
+    network = encoder(vocabulary, width=512)
+    content = pickle.dumps(network.portable_tokenize())
+    assert len(content) < 2 * len(vocabulary.tokenizer.to_str().encode()) + 2000
+    captions = ["a viola", "a drum roll, then a viola", ""]
+    assert torch.equal(pickle.loads(content)(captions), network.tokenize(captions))
+
+
 def test_an_unknown_name_lists_the_known_ones(vocabulary):
     with pytest.raises(InputError, match=r"model\.text\.name='gpt-nothing' is not registered; known: .*transformer"):
         build_text_encoder(Model(text=TextModel(name="gpt-nothing")), vocabulary)
@@ -105,6 +115,7 @@ def test_anybodys_encoder_can_be_registered(vocabulary):
     register_text_encoder("test-length")(lambda config, vocabulary: Length())
     built = build_text_encoder(Model(text=TextModel(name="test-length")), vocabulary)
     assert built(built.tokenize(["drum", ""])).tolist() == [[4.0], [0.0]]
+    assert built.portable_tokenize()(["drum", ""]).tolist() == [[4], [0]]
     assert built.assets() == {}
 
 

@@ -6,11 +6,22 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from ask_dist.data.loader import Batch
+from ask_dist.models.text import Vocabulary
 from ask_dist.train.mixing import SPREAD, mix
 
 SIZE, CPU = 20, torch.device("cpu")
+VOCABULARY = Vocabulary.train(["Tone and Tone"], 280)
+
+
+def tokenize(captions: list[str]) -> Tensor:
+    return VOCABULARY.encode(captions, 32)
+
+
+def forbidden(captions: list[str]) -> Tensor:
+    raise AssertionError("captions were tokenized anew")
 
 
 def make_batch(invalid: int = 0) -> Batch:
@@ -24,6 +35,7 @@ def make_batch(invalid: int = 0) -> Batch:
         keys=[f"clip-{number}" for number in range(SIZE)],
         audio=loudness * (2 * math.pi * 50 * torch.arange(1, SIZE + 1).unsqueeze(1) * time).sin(),
         captions=[f"Tone {number}." for number in range(SIZE)],
+        tokens=tokenize([f"Tone {number}." for number in range(SIZE)]),
         valid=valid,
         swapped=torch.zeros(SIZE, dtype=torch.bool),
         epoch=0,
@@ -40,7 +52,7 @@ def levels(audio: torch.Tensor) -> torch.Tensor:
 def test_pairs_of_clips_become_two_mixtures_under_one_new_id(seed):
     torch.manual_seed(seed)
     batch = make_batch()
-    got, mixed = mix(batch, 0.5, CPU)
+    got, mixed = mix(batch, 0.5, CPU, tokenize)
     assert mixed.sum() == 10
     rows = mixed.nonzero().squeeze(1)
     heard = levels(got.audio) > 0.01
@@ -59,20 +71,21 @@ def test_pairs_of_clips_become_two_mixtures_under_one_new_id(seed):
     for name in ("ids", "audio", "valid"):
         assert torch.equal(getattr(got, name)[~mixed], getattr(batch, name)[~mixed])
     assert [got.captions[row] for row in (~mixed).nonzero()] == [batch.captions[row] for row in (~mixed).nonzero()]
+    assert torch.equal(got.tokens, tokenize(got.captions))
     assert torch.equal(batch.audio, make_batch().audio)  # the loader's batch is left as it was
 
 
 def test_a_seed_draws_the_same_mixtures_and_none_draws_nothing():
     torch.manual_seed(3)
-    one, mixed = mix(make_batch(), 0.4, CPU)
+    one, mixed = mix(make_batch(), 0.4, CPU, tokenize)
     torch.manual_seed(3)
-    other, again = mix(make_batch(), 0.4, CPU)
+    other, again = mix(make_batch(), 0.4, CPU, tokenize)
     assert torch.equal(mixed, again)
     assert torch.equal(one.audio, other.audio)
     assert one.captions == other.captions
     state = torch.get_rng_state()
     batch = make_batch()
-    plain, none = mix(batch, 0.0, CPU)
+    plain, none = mix(batch, 0.0, CPU, forbidden)
     assert plain is batch
     assert not none.any()
     assert torch.equal(torch.get_rng_state(), state)
@@ -81,7 +94,7 @@ def test_a_seed_draws_the_same_mixtures_and_none_draws_nothing():
 def test_empty_slots_are_not_mixed():
     for seed in range(10):
         torch.manual_seed(seed)
-        got, mixed = mix(make_batch(invalid=15), 1.0, CPU)
+        got, mixed = mix(make_batch(invalid=15), 1.0, CPU, tokenize)
         assert mixed.sum() == 4  # of five valid rows
         assert not mixed[~got.valid].any()
         assert (got.ids[~got.valid] == -1).all()
