@@ -205,7 +205,7 @@ def test_tune_wants_a_sweep(config, tmp_path, refused):
 
 
 def test_check_finds_a_real_corpus_ready_and_writes_nothing(config, tmp_path, capsys):
-    assert run("check", config) == 0
+    assert run("check", config, "data.length_step=0.1") == 0
     text = capsys.readouterr().out
     assert "ready" in text
     assert "2 workers, global batch 8" in text

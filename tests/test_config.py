@@ -215,6 +215,17 @@ def test_offload_needs_what_zero_divides():
         assert parse(f"optimization.offload={offload}", f"optimization.zero_stage={stage}")
 
 
+def test_clips_of_their_own_lengths_are_shorter_than_the_longest_and_not_for_zero_3():
+    assert parse().data.length_step is None
+    assert parse("data.length_step=0.5").data.length_step == 0.5
+    assert refusal("data.length_step=0.05").startswith("data.length_step=0.05: ")
+    assert "data.clip_seconds=4; set it to less" in refusal("data.length_step=4", "data.clip_seconds=4")
+    wide = ("data.length_step=0.5", "optimization.zero_stage=3")
+    assert refusal(*wide).endswith("set optimization.zero_stage to 2 or data.length_step to null")
+    assert "data.length_step=0.5" in refusal(*wide, "model.audio.freeze=true")
+    assert parse(*wide, "model.audio.freeze=true", "data.cache_embeddings=true")
+
+
 def test_fp16_may_skip_as_many_steps_as_its_loss_scale_takes_to_find():
     assert "set it to 17 or more" in refusal("optimization.precision=fp16", "optimization.max_skipped=16")
     assert parse("optimization.precision=fp16", "optimization.max_skipped=17")

@@ -161,6 +161,7 @@ def _check_inputs(config: Config) -> None:
             "data.fingerprints=true compares with data.validation and data.test, which are null; name one of them, or "
             "set it to false"
         )
+    _check_lengths(config)
     masked = max(config.augment.time_mask, config.augment.frequency_mask)
     if masked and config.model.audio.freeze:
         raise ValueError(
@@ -183,6 +184,22 @@ def _check_inputs(config: Config) -> None:
         raise ValueError(
             f"augment.mix_share={config.augment.mix_share:g} makes new clips in every step, which "
             "data.cache_embeddings=true can't have kept; set one of them to 0 or false"
+        )
+
+
+def _check_lengths(config: Config) -> None:
+    step, clip, stage = config.data.length_step, config.data.clip_seconds, config.optimization.zero_stage
+    if step is None:
+        return
+    if step >= clip:
+        raise ValueError(
+            f"data.length_step={step:g} pads every clip to data.clip_seconds={clip:g}; set it to less, or to null"
+        )
+    if stage == 3 and not (config.data.cache_embeddings and config.model.audio.freeze):
+        raise ValueError(
+            f"data.length_step={step:g} lets ranks run the audio tower once for each length of their clips, and under "
+            "optimization.zero_stage=3 they would wait for each other; set optimization.zero_stage to 2 or "
+            "data.length_step to null"
         )
 
 

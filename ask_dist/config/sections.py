@@ -65,6 +65,9 @@ class Data(Section):
     test: Place | None = None
     sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = Field(16000, description="Hz")
     clip_seconds: Annotated[float, Field(ge=0.1)] = 4.0
+    length_step: Annotated[float, Field(ge=0.1)] | None = Field(
+        None, description="shorter clips are padded to a multiple of so many seconds; null: all to clip_seconds"
+    )
     lanes: Count = Field(8, description="streams a global batch is drawn from; a multiple of num_workers")
     shuffle_window: Count = Field(512, description="samples shuffled together within a lane")
     loader_processes: Annotated[int, Field(ge=0)] = Field(0, description="decoding processes a worker")

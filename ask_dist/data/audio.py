@@ -133,3 +133,14 @@ def fit_length(audio: np.ndarray, samples: int, rng: np.random.Generator | None)
         return np.pad(audio, (0, -spare))
     start = spare // 2 if rng is None else int(rng.integers(spare + 1))
     return audio[start : start + samples]
+
+
+def own_length(length: int, longest: int, step: int) -> int:
+    """The samples that an encoder gets of a clip of `length` samples: whole steps, and at most the longest.
+
+    Args:
+        length: of the clip as it was decoded.
+        longest: of all clips.
+        step: what lengths are multiples of; 0 gives all clips the longest.
+    """
+    return min(longest, -(-length // step) * step) if step else longest

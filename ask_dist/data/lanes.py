@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.audio import BadSample, fit_length, own_length
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.order import Order, Piece
 from ask_dist.data.quarantine import Record
@@ -28,7 +28,7 @@ CHANGED = "its SHA-256 is not that of sizes.json; clips that can still be read a
 @dataclass
 class Part:
     """The clips of some lanes at one step; an invalid one has zeros and "". `notices` name whole shards; `tokens` are
-    [clips, 0] where nobody needs them."""
+    [clips, 0] where nobody needs them; `lengths` are empty where all clips are as long."""
 
     ids: list[int]
     keys: list[str]
@@ -39,13 +39,15 @@ class Part:
     swapped: list[bool]
     bad: list[Record] = field(default_factory=list)
     notices: list[Record] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Cut:
     """What becomes of clips: `sample_rate` in Hz, `samples` that each gets, `max_seconds` that a file may have, and
     those that are `held_out`. With `undecodable` no sound is decoded, and these keys are bad, for its reasons. What
-    makes tokens of captions, if anybody needs them, is `tokenize`."""
+    makes tokens of captions, if anybody needs them, is `tokenize`. With a `step` each has its `own_length`, and zeros
+    behind it."""
 
     sample_rate: int
     samples: int
@@ -53,6 +55,7 @@ class Cut:
     held_out: HeldOut = field(default_factory=HeldOut)
     undecodable: Mapping[str, str] | None = None
     tokenize: Tokenize | None = None
+    step: int = 0
 
 
 class LaneReader(IterableDataset[Part]):
@@ -70,7 +73,7 @@ class LaneReader(IterableDataset[Part]):
 
     def without_sounds(self, undecodable: Mapping[str, str]) -> LaneReader:
         """The same clips with their captions alone: audio is [clips, 0], and nothing is decoded."""
-        return self._with(replace(self._cut, samples=0, undecodable=undecodable))
+        return self._with(replace(self._cut, samples=0, step=0, undecodable=undecodable))
 
     def without_tokens(self) -> LaneReader:
         """The same clips with tokens [clips, 0]."""
@@ -137,6 +140,7 @@ class LaneReader(IterableDataset[Part]):
         audio = torch.empty(size, self._cut.samples)
         tokens = torch.empty(size, 0, dtype=torch.int64)
         part = Part([NO_ID] * size, [""] * size, audio, [""] * size, tokens, [False] * size, [False] * size)
+        part.lengths = [self._cut.step] * size if self._cut.step else []
         waveforms = audio.numpy()
         for place, clip in enumerate(clips):
             if clip is not None:
@@ -161,6 +165,8 @@ class LaneReader(IterableDataset[Part]):
         part.captions[place] = captions[rng.integers(len(captions)) if rng else 0]
         if len(audio) != len(room) or not np.may_share_memory(audio, room):  # else it is where it belongs
             room[:] = fit_length(audio, len(room), rng)
+        if part.lengths:
+            part.lengths[place] = own_length(len(audio), len(room), self._cut.step)
         part.ids[place], part.keys[place] = clip_id, raw.key
         part.swapped[place] = bool(description.get("swapped", False))
         part.valid[place] = True

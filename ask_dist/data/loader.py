@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.audio import BadSample, fit_length, own_length
 from ask_dist.data.lanes import Cut, LaneReader, Part, Tokenize
 from ask_dist.data.leaks import HeldOut, sound_digest
 from ask_dist.data.order import Order, lanes_of
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 class Batch:
     """One rank's part of a global batch; B is the local batch size.
 
-    Where `valid` is False (the end of an epoch, a bad sample) the id is -1, the key "" and audio, caption and tokens
-    are a valid sample's, or zeros, "" and its tokens where the batch has none.
+    Where `valid` is False (the end of an epoch, a bad sample) the id is -1, the key "" and audio, caption,
+    tokens and length are a valid sample's, or zeros, "", its tokens and the shortest length where the batch has none.
 
     Attributes:
         ids: int64 [B].
@@ -47,6 +47,7 @@ class Batch:
         swapped: bool [B], the "swapped" of the clip's JSON.
         epoch: from 0.
         step: the global step, from 0, counted through the epochs.
+        lengths: int64 [B] on the CPU, of each clip its own samples, which zeros follow; None: all are as long.
     """
 
     ids: torch.Tensor
@@ -58,6 +59,7 @@ class Batch:
     swapped: torch.Tensor
     epoch: int
     step: int
+    lengths: torch.Tensor | None = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class EvalBatch:
         classes: n lists, which may be empty.
         shards: n names of tar files.
         sounds: n of `leaks.sound_digest`.
+        lengths: int64 [n], as in `Batch`.
     """
 
     ids: torch.Tensor
@@ -81,6 +84,7 @@ class EvalBatch:
     classes: list[list[str]]
     shards: list[str]
     sounds: list[bytes]
+    lengths: torch.Tensor | None = None
 
 
 class TrainLoader:
@@ -96,6 +100,7 @@ class TrainLoader:
         seed: draws the order, the captions and the crops.
         sample_rate: in Hz; clips at another rate are resampled.
         clip_seconds: longer clips are cropped at random, shorter ones padded.
+        length_step: seconds; shorter clips count as long as the next multiple. With None as all others.
         lanes: see order.py. The order depends on it, so a run keeps it when its world_size changes.
         shuffle_window: clips shuffled together in a lane.
         processes: that decode and tokenize; 0 does it in a thread. The batches are the same.
@@ -127,6 +132,7 @@ class TrainLoader:
         quarantine: Path | None = None,
         held_out: HeldOut | None = None,
         tokenize: Tokenize | None = None,
+        length_step: float | None = None,
     ) -> None:
         own = lanes_of(rank, world_size, lanes)
         global_batch = local_batch_size * world_size
@@ -143,12 +149,12 @@ class TrainLoader:
         self._clips_per_epoch = sum(order.lane_length(lane) for lane in own)
         self._processes = min(processes, len(own))
         self._max_bad_share = max_bad_share
-        samples = round(clip_seconds * sample_rate)
-        cut = Cut(sample_rate, samples, max_clip_seconds, held_out or HeldOut(), tokenize=tokenize)
+        samples, step = (round(seconds * sample_rate) for seconds in (clip_seconds, length_step or 0.0))
+        cut = Cut(sample_rate, samples, max_clip_seconds, held_out or HeldOut(), tokenize=tokenize, step=step)
         self._reader = LaneReader(shards, order, own, cut)
 
     def leave_out_sounds(self, undecodable: Mapping[str, str]) -> None:
-        """From now on the same batches come with audio [B, 0] and nothing is decoded.
+        """From now on the same batches come with audio [B, 0] and without lengths, and nothing is decoded.
 
         Args:
             undecodable: keys of clips whose sound can't be used, with the reason: bad samples as before.
@@ -229,6 +235,7 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     """Join the parts of a step and fill the invalid places with the first valid sample."""
     valid = [flag for part in parts for flag in part.valid]
     captions = [caption for part in parts for caption in part.captions]
+    lengths = [length for part in parts for length in part.lengths]
     audio = torch.cat([part.audio for part in parts]) if len(parts) > 1 else parts[0].audio
     width = max(part.tokens.shape[1] for part in parts)
     tokens = torch.cat([nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts])
@@ -239,6 +246,8 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
                 audio[place] = audio[donor]
                 captions[place] = captions[donor]
                 tokens[place] = tokens[donor]
+                if lengths:
+                    lengths[place] = lengths[donor]
     return Batch(
         ids=torch.tensor([clip_id for part in parts for clip_id in part.ids], dtype=torch.int64),
         keys=[key for part in parts for key in part.keys],
@@ -249,6 +258,7 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
         swapped=torch.tensor([flag for part in parts for flag in part.swapped]),
         epoch=epoch,
         step=step,
+        lengths=torch.tensor(lengths) if lengths else None,
     )
 
 
@@ -278,6 +288,7 @@ class EvalLoader:
         batch_size: clips a batch; the last one may be smaller.
         sample_rate: in Hz; clips at another rate are resampled.
         clip_seconds: longer clips are cut, shorter ones padded.
+        length_step: as in `TrainLoader`.
         limit: only the first so many clips of the split, or None for all.
         max_clip_seconds: longer audio is bad; see audio.decode.
         held_out: clips that count as bad samples if they are met.
@@ -295,10 +306,12 @@ class EvalLoader:
         limit: int | None = None,
         max_clip_seconds: float = MAX_SECONDS,
         held_out: HeldOut | None = None,
+        length_step: float | None = None,
     ) -> None:
         self.bad = BadSamples()
         self._shards, self._batch_size, self._sample_rate = shards, batch_size, sample_rate
-        self._samples, self._max_seconds = round(clip_seconds * sample_rate), max_clip_seconds
+        self._samples, self._step = (round(seconds * sample_rate) for seconds in (clip_seconds, length_step or 0.0))
+        self._max_seconds = max_clip_seconds
         self._held_out = held_out or HeldOut()
         clips = shards.clips if limit is None else min(limit, shards.clips)
         self._first, self._last = rank * clips // world_size, (rank + 1) * clips // world_size
@@ -319,7 +332,7 @@ class EvalLoader:
     def _batches(self) -> Iterator[EvalBatch]:
         clips = self._clips()
         while chunk := list(itertools.islice(clips, self._batch_size)):
-            raws, waveforms, descriptions = zip(*chunk, strict=True)
+            raws, waveforms, lengths, descriptions = zip(*chunk, strict=True)
             keys = [raw.key for raw in raws]
             yield EvalBatch(
                 ids=torch.tensor([stable_id(key) for key in keys], dtype=torch.int64),
@@ -329,9 +342,10 @@ class EvalLoader:
                 classes=[description.get("classes", []) for description in descriptions],
                 shards=[raw.shard for raw in raws],
                 sounds=[sound_digest(raw.sound) for raw in raws],
+                lengths=torch.tensor(lengths) if self._step else None,
             )
 
-    def _clips(self) -> Iterator[tuple[Raw, torch.Tensor, dict[str, Any]]]:
+    def _clips(self) -> Iterator[tuple[Raw, torch.Tensor, int, dict[str, Any]]]:
         for raw in self._raws():
             try:
                 self._held_out.refuse(raw)
@@ -341,7 +355,8 @@ class EvalLoader:
                 self.bad.note(1, [{"shard": raw.shard, "key": raw.key, "reason": str(error)}])
                 continue
             self.bad.note(1, [])
-            yield raw, torch.from_numpy(fit_length(audio, self._samples, None)), description
+            length = own_length(len(audio), self._samples, self._step)
+            yield raw, torch.from_numpy(fit_length(audio, self._samples, None)), length, description
 
     def _raws(self) -> Iterator[Raw]:
         start = 0

@@ -77,6 +77,7 @@ def encode(
         batch_size=config.optimization.micro_batch_size,
         sample_rate=config.data.sample_rate,
         clip_seconds=config.data.clip_seconds,
+        length_step=config.data.length_step,
         limit=limit,
         max_clip_seconds=config.data.max_clip_seconds,
         held_out=held_out,
@@ -85,7 +86,7 @@ def encode(
     audio, text, counts = [torch.zeros(0, dim)], [torch.zeros(0, dim)], [0]
     encoded = Encoded(torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [], [], [])
     for batch in loader.batches():
-        audio.append(model.encode_audio(batch.audio.to(device)).cpu())
+        audio.append(model.encode_audio(batch.audio.to(device), batch.lengths).cpu())
         flat = [caption for captions in batch.captions for caption in captions]
         text.append(model.encode_text(model.text.tokenize(flat).to(device)).cpu())
         counts += [len(captions) for captions in batch.captions]

@@ -29,8 +29,14 @@ def write_graphs(folder: Path, model: DualEncoder, config: Config) -> None:
     of the tokenizer and its padding; each gives float32 [batch, embedding_dim] at unit length.
 
     Raises:
-        InputError: `onnx` is not installed, or a tower can't be written as a graph that gives what it gives.
+        InputError: `onnx` is not installed, clips have lengths of their own, or a tower can't be written as a graph
+            that gives what it gives.
     """
+    if config.data.length_step is not None:
+        raise InputError(
+            f"a model of data.length_step={config.data.length_step:g} hears clips of several lengths, and an ONNX "
+            "graph takes one; use --format safetensors"
+        )
     samples = round(config.data.clip_seconds * config.data.sample_rate)
     audio = 0.1 * torch.randn(3, samples, generator=torch.Generator().manual_seed(0))
     tokens = model.text.tokenize(["a dog barks twice", "rain falls", "a"])

@@ -57,6 +57,22 @@ class AudioEncoder(Encoder):
     has_log_mel: bool = False
     spec_augment: SpecAugment | None = None
 
+    def by_length(self, audio: Tensor, lengths: Tensor | None) -> Tensor:
+        """The vectors of clips of their own lengths: the tower runs once for each length, on clips cut to it.
+
+        So nothing is computed for padding, and a clip's vector does not depend on those beside it.
+
+        Args:
+            audio: float32 [batch, samples].
+            lengths: int64 [batch] on the CPU, at most `samples` each; None where all clips are as long.
+        """
+        if lengths is None:
+            return self(audio)
+        groups = [(length, (lengths == length).nonzero().squeeze(1)) for length in lengths.unique().tolist()]
+        vectors = torch.cat([self(audio[places.to(audio.device), :length]) for length, places in groups])
+        places = torch.cat([places for _, places in groups])
+        return vectors[places.argsort().to(audio.device)]
+
     def masked(self, log_mel: Tensor) -> Tensor:
         """A log-mel [batch, ..., frames, bands] with the masks of `augment`, drawn for each clip in training alone."""
         return self.spec_augment(log_mel) if self.training and self.spec_augment is not None else log_mel

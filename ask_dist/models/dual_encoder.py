@@ -57,17 +57,21 @@ class DualEncoder(nn.Module):
         """float32 scalar, exponentiated and capped."""
         return self.log_logit_scale[0].exp().clamp(max=self.logit_scale_max)
 
-    def encode_audio(self, audio: Tensor) -> Tensor:
-        """float32 [batch, samples] -> unit rows float32 [batch, embedding_dim]."""
-        return self._project(self.audio_projection, self.audio(audio))
+    def encode_audio(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """float32 [batch, samples] -> unit rows float32 [batch, embedding_dim]; `lengths` as in `by_length`."""
+        return self._project(self.audio_projection, self.audio.by_length(audio, lengths))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 [batch, tokens] -> unit rows float32 [batch, embedding_dim]."""
         return self._project(self.text_projection, self.text(tokens))
 
-    def forward(self, audio: Tensor, tokens: Tensor) -> Features:
-        """Both towers' rows; of a tower in `given`, from its own vectors, float [batch, output_dim]."""
-        heard = audio if "audio" in self.given else self.audio(audio)
+    def forward(self, audio: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> Features:
+        """Both towers' rows; of a tower in `given`, from its own vectors, float [batch, output_dim].
+
+        Args:
+            lengths: int64 [batch] on the CPU, the samples of each clip, or None where all are as long.
+        """
+        heard = audio if "audio" in self.given else self.audio.by_length(audio, lengths)
         read = tokens if "text" in self.given else self.text(tokens)
         audio_features = self._project(self.audio_projection, heard)
         text_features = self._project(self.text_projection, read)

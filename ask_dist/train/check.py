@@ -80,10 +80,14 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
     model = new_model(config, vocabulary)
     add_adapters(model, config.model)
     compute_in(model, config.optimization.precision, torch.device("cpu"))
-    audio = 0.1 * torch.randn(size, round(config.data.clip_seconds * config.data.sample_rate))
+    samples = round(config.data.clip_seconds * config.data.sample_rate)
+    audio, lengths = 0.1 * torch.randn(size, samples), None
+    if config.data.length_step is not None:  # the shortest and the longest in turns
+        shortest = round(config.data.length_step * config.data.sample_rate)
+        lengths = torch.tensor([shortest, samples]).repeat(size)[:size]
     tokens = model.text.tokenize([sentences[i % len(sentences)] for i in range(size)])
     start = time.perf_counter()
-    features = model(audio, tokens)
+    features = model(audio, tokens, lengths)
     objective = AskObjective(config.knowledge, config.knowledge.half_life, config.optimization.loss)
     loss = objective(*features, torch.arange(size), neighbours=_synthetic_neighbours(config)).loss
     loss.backward()

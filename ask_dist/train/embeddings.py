@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ask_dist.config import Config
 from ask_dist.data import audio as sounds
-from ask_dist.data.audio import BadSample, fit_length
+from ask_dist.data.audio import BadSample, fit_length, own_length
 from ask_dist.data.cache import file_sha256
 from ask_dist.data.lanes import NO_ID
 from ask_dist.data.leaks import HeldOut
@@ -106,13 +106,14 @@ class Embeddings:
         if self.text is not None:
             loader.leave_out_tokens()
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the model's `forward` takes for a batch, on the CPU; zeros as the vectors of invalid rows."""
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the model's `forward` takes for a batch; vectors on the CPU, zeros for invalid rows."""
         audio = batch.audio if self.audio is None else self.audio.rows(batch.ids.numpy())
+        lengths = () if batch.lengths is None else (batch.lengths,)
         if self.text is None:
-            return audio, batch.tokens
+            return audio, batch.tokens, *lengths
         ids = np.array([stable_id(caption) for caption in batch.captions], np.int64)
-        return audio, self.text.rows(np.where(batch.valid.numpy(), ids, NO_ID))
+        return audio, self.text.rows(np.where(batch.valid.numpy(), ids, NO_ID)), *lengths
 
 
 def cached_embeddings(
@@ -178,6 +179,8 @@ def _digest(config: Config, model: DualEncoder, name: str, held_out: HeldOut) ->
     settings |= {"version": VERSION, "kind": name}
     if name == "audio":
         settings |= {"clip": [data.sample_rate, data.clip_seconds, data.max_clip_seconds]}
+        if data.length_step is not None:
+            settings |= {"length_step": data.length_step}
         if held_out.fingerprints is not None:  # the files name the clips that were refused
             settings |= {"held_out": held_out.digest}
     more = json.dumps(settings, sort_keys=True).encode()
@@ -238,9 +241,9 @@ def _whole(shards: ShardList, shard: int) -> Iterator[Raw]:
 @torch.no_grad()
 def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder, held_out: HeldOut) -> Encoded:
     data, device, bad = config.data, _device(model), {}
-    samples = round(data.clip_seconds * data.sample_rate)
+    samples, step = (round(seconds * data.sample_rate) for seconds in (data.clip_seconds, data.length_step or 0.0))
 
-    def clips() -> Iterator[tuple[int, np.ndarray]]:
+    def clips() -> Iterator[tuple[int, np.ndarray, int]]:
         for raw in raws:
             if raw.problem:  # the loader meets it too
                 continue
@@ -251,15 +254,17 @@ def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder, held
                 bad[raw.key] = str(error)
                 continue
             _refuse_crop(raw, len(audio) / data.sample_rate, config)
-            yield stable_id(raw.key), fit_length(audio, samples, None)
+            yield stable_id(raw.key), fit_length(audio, samples, None), own_length(len(audio), samples, step)
 
     ids: list[int] = []
     vectors: list[Tensor] = []
     stream = clips()
     while chunk := list(itertools.islice(stream, config.optimization.micro_batch_size)):
-        ids += [clip_id for clip_id, _ in chunk]
-        waveforms = torch.from_numpy(np.stack([audio for _, audio in chunk]))
-        vectors.append(model.audio(waveforms.to(device)).float().cpu())
+        clip_ids, waveforms, lengths = zip(*chunk, strict=True)
+        ids += clip_ids
+        audio = torch.from_numpy(np.stack(waveforms)).to(device)
+        own = torch.tensor(lengths) if step else None
+        vectors.append(model.audio.by_length(audio, own).float().cpu())
     return ids, vectors or [torch.zeros(0, model.audio.output_dim)], bad
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -83,6 +84,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         quarantine=config.run_dir / QUARANTINE,
         held_out=held_out,
         tokenize=model.text.portable_tokenize(),
+        length_step=config.data.length_step,
     )
     total_steps = run_length(config, loader.steps_per_epoch)
     if config.model.source is not None:
@@ -139,10 +141,10 @@ def train(state: TrainState) -> None:
     evaluate_every = max(1, round(settings.evaluate_every * epoch))
     checkpoint_every = max(1, round(settings.checkpoint_every * epoch))
     refine_every = max(1, round(state.config.refine.every * epoch))
-    since, since_samples = time.monotonic(), 0
+    since, trained = time.monotonic(), np.zeros(2)  # pairs, and seconds of sound
     for batch, following in with_next(state.loader.batches(state.engine.global_step), state):
-        values, valid = train_step(state, batch, following)
-        since_samples += valid
+        values, *more = train_step(state, batch, following)
+        trained += more
         step = state.engine.global_step
         last = step == state.total_steps
         if state.knowledge and step % refine_every == 0:
@@ -151,15 +153,15 @@ def train(state: TrainState) -> None:
                     reencode(state)
             state.knowledge.refine()
         if step % settings.log_every == 0 or step == 1 or last:
-            rate = since_samples / max(time.monotonic() - since, 1e-9)
-            since, since_samples = time.monotonic(), 0
-            log_step(state, values, rate)
+            rates = trained / max(time.monotonic() - since, 1e-9)
+            since, trained = time.monotonic(), np.zeros(2)
+            log_step(state, values, *rates.tolist())
         if "validation" in state.shards and (step % evaluate_every == 0 or last):
             evaluate_validation(state)
-            since, since_samples = time.monotonic(), 0
+            since, trained = time.monotonic(), np.zeros(2)
         if step % checkpoint_every == 0 and not last:
             save_checkpoint(state)
-            since, since_samples = time.monotonic(), 0
+            since, trained = time.monotonic(), np.zeros(2)
 
 
 def with_next(batches: Iterator[Batch], state: TrainState) -> Iterator[tuple[Batch, Batch]]:
@@ -172,8 +174,8 @@ def with_next(batches: Iterator[Batch], state: TrainState) -> Iterator[tuple[Bat
         current = following
 
 
-def log_step(state: TrainState, values: dict[str, float], samples_per_second: float) -> None:
-    """Writes a row of metrics, on rank 0."""
+def log_step(state: TrainState, values: dict[str, float], samples_per_second: float, sound_per_second: float) -> None:
+    """Writes a row of metrics, on rank 0. Sound is in seconds."""
     stages = state.clock.take()
     if state.log is None:
         return
@@ -181,7 +183,7 @@ def log_step(state: TrainState, values: dict[str, float], samples_per_second: fl
     row = values | state.diagnostics | stages | extra | memory(state.engine.device)
     row |= {
         "train/samples_per_second": samples_per_second,
-        "train/audio_hours_per_second": samples_per_second * state.config.data.clip_seconds / 3600,
+        "train/audio_hours_per_second": sound_per_second / 3600,
         "train/samples_seen": float(state.samples_seen),
         "train/epoch": state.engine.global_step / state.loader.steps_per_epoch,
         "data/bad_samples": float(state.loader.bad.count),

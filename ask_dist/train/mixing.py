@@ -20,7 +20,7 @@ def mix(batch: Batch, share: float, device: torch.device, tokenize: Tokenize) ->
 
     Valid rows are drawn in pairs. Both rows of a pair become mixtures of their two clips, each with a level of its own
     and with the captions in its own order, under one new id: so they are no negatives of each other, and neither clip
-    is left alone in the batch to be one of its own mixtures'.
+    is left alone in the batch to be one of its own mixtures'. A mixture is as long as the longer of its clips.
 
     Args:
         batch: of the loader, with sounds.
@@ -46,7 +46,11 @@ def mix(batch: Batch, share: float, device: torch.device, tokenize: Tokenize) ->
         ids[target] = stable_id(f"{low}+{high}")
         captions[target] = f"{batch.captions[target].rstrip(' .')} {CONJUNCTION} {batch.captions[other]}"
     mixed[targets] = True
-    return replace(batch, audio=audio, ids=ids, captions=captions, tokens=tokenize(captions)), mixed.to(device)
+    lengths = batch.lengths
+    if lengths is not None:
+        lengths = lengths.index_put((targets,), torch.maximum(lengths[targets], lengths[others]))
+    tokens = tokenize(captions)
+    return replace(batch, audio=audio, ids=ids, captions=captions, tokens=tokens, lengths=lengths), mixed.to(device)
 
 
 def _sum(signal: Tensor, noise: Tensor, level: Tensor) -> Tensor:

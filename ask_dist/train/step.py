@@ -23,11 +23,11 @@ class NotFinite(RuntimeError):
     """Too many steps in a row had a loss or gradients that are not finite."""
 
 
-def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[str, float], int]:
+def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[str, float], int, float]:
     """One global step on this rank.
 
     Returns:
-        What to log, and the number of pairs that all ranks trained on.
+        What to log, and of the pairs that all ranks trained on the number and the seconds of sound.
     """
     engine, clock = state.engine, state.clock
     step, device = engine.global_step, engine.device
@@ -50,10 +50,10 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
                 rows.retain_grad()
     with clock("loss"):
         output = state.objective(*features, ids, valid, neighbours, state.progress, mixed)
-        loss, pairs, finite = _agree(output.loss, valid)
+        loss, pairs, seconds, finite = _agree(output.loss, valid, _heard(state, batch))
     if not finite:  # on any rank: all leave the step out together
         engine.skip()
-        return _skipped(state), 0
+        return _skipped(state), 0, 0.0
     with clock("backward"):
         backward(engine, output.loss, chunks)
     if probe:
@@ -61,7 +61,7 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
     with clock("step"):
         result = engine.step()
     if not result.updated:
-        return _skipped(state), 0
+        return _skipped(state), 0, 0.0
     state.skipped_in_a_row = 0
     if state.knowledge:
         with clock("knowledge"):
@@ -73,22 +73,24 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         state.audit.log(step, output.batch.ids[output.batch.valid].tolist())
     clock.step()
     state.samples_seen += pairs
-    return _step_metrics(state, loss, features, output, result), pairs
+    return _step_metrics(state, loss, features, output, result), pairs, seconds
 
 
 def embed(
-    engine: Engine, inputs: tuple[Tensor, Tensor], micro_batch_size: int, seed: int
+    engine: Engine, inputs: tuple[Tensor, ...], micro_batch_size: int, seed: int
 ) -> tuple[Features, GradCache | None]:
     """Features of this rank's batch; of more pairs than fit at once in chunks, for `backward`.
 
     Args:
-        inputs: audio [local, ...] and tokens [local, ...], or vectors in their place; on any device.
+        inputs: audio [local, ...] and tokens [local, ...], or vectors in their place, on any device; where clips have
+            their own lengths these, int64 [local] on the CPU.
         micro_batch_size: most pairs at once. Local batches are equally large, so every rank has as many chunks.
         seed: of the chunks' dropout.
     """
 
-    def encode(audio: Tensor, tokens: Tensor) -> Features:
-        return engine(audio.to(engine.device, non_blocking=True), tokens.to(engine.device, non_blocking=True))
+    def encode(audio: Tensor, tokens: Tensor, *lengths: Tensor) -> Features:
+        moved = (rows.to(engine.device, non_blocking=True) for rows in (audio, tokens))
+        return engine(*moved, *lengths)
 
     if len(inputs[0]) <= micro_batch_size:
         return encode(*inputs), None
@@ -140,13 +142,22 @@ def _step_metrics(state: TrainState, loss: float, features: Features, output: Ob
     }
 
 
-def _agree(loss: Tensor, valid: Tensor) -> tuple[float, int, bool]:
-    """Mean loss, valid pairs, and whether the loss is finite on every rank: one collective."""
+def _heard(state: TrainState, batch: Batch) -> float:
+    """Seconds of the valid clips of this rank, as long as the encoder hears them."""
+    data = state.config.data
+    if batch.lengths is None:
+        return int(batch.valid.sum()) * data.clip_seconds
+    return int(batch.lengths[batch.valid].sum()) / data.sample_rate
+
+
+def _agree(loss: Tensor, valid: Tensor, seconds: float) -> tuple[float, int, float, bool]:
+    """Mean loss, valid pairs and their seconds, and whether the loss is finite on every rank: one collective."""
     finite = torch.isfinite(loss.detach())
-    facts = torch.stack([torch.where(finite, loss.detach(), 0.0), valid.sum().float(), (~finite).float()])
+    heard = torch.full_like(loss.detach(), seconds)
+    facts = torch.stack([torch.where(finite, loss.detach(), 0.0), valid.sum().float(), heard, (~finite).float()])
     dist.all_reduce(facts)
-    total, pairs, broken = facts.tolist()
-    return total / dist.get_world_size(), int(pairs), broken == 0
+    total, pairs, seconds, broken = facts.tolist()
+    return total / dist.get_world_size(), int(pairs), seconds, broken == 0
 
 
 def _diagnostics(features: Features, output: ObjectiveOutput) -> dict[str, float]:

@@ -180,6 +180,38 @@ def test_decoding_processes_give_the_same_batches(shards: ShardList) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [0, 2])
+def test_clips_of_their_own_lengths_come_in_the_same_order(tmp_path: Path, make_clip: MakeClip, processes: int) -> None:
+    write_shards((make_clip(n, 30 + 17 * n) for n in range(41)), tmp_path, "train", clips_per_shard=10)
+    shards = ShardList.load(tmp_path)
+    whole = take(loader(shards), 8)
+    own = loader(shards, processes=processes, length_step=0.0125)  # 100 samples of 400
+    batches = take(own, 8)
+    for one, other in zip(whole, batches, strict=True):
+        assert_same(one, other)
+        assert one.lengths is None
+        numbers = [int(key[-3:]) for key in other.keys if key]
+        wanted = [min(400, -(-(30 + 17 * number) // 100) * 100) for number in numbers]
+        assert other.lengths is not None
+        assert other.lengths[other.valid].tolist() == wanted
+        donor = int(other.lengths[other.valid.nonzero()[0]])
+        assert (other.lengths[~other.valid] == donor).all()
+        for row, length in zip(other.audio, other.lengths.tolist(), strict=True):
+            assert not row[length:].any()
+    assert {length for batch in batches for length in batch.lengths.tolist()} == {100, 200, 300, 400}
+    (resumed,) = take(own, 1, 5)
+    assert_same(resumed, batches[5])
+    assert torch.equal(resumed.lengths, batches[5].lengths)
+    options: dict[str, Any] = {"batch_size": 16, "sample_rate": 8000, "clip_seconds": 0.05, "length_step": 0.0125}
+    read = list(EvalLoader(shards, rank=0, world_size=1, **options).batches())
+    lengths = [length for batch in read for length in batch.lengths.tolist()]
+    assert lengths == [min(400, -(-(30 + 17 * number) // 100) * 100) for number in range(41)]
+    own.leave_out_sounds({})
+    (silent,) = take(own, 1)
+    assert silent.lengths is None
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [0, 1, 2])
 def test_tokens_are_those_of_the_batchs_captions(
     tmp_path: Path, make_clip: MakeClip, processes: int, monkeypatch: pytest.MonkeyPatch

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 import yaml
 from rich.console import Console
 
-from ask_dist.data.shards import ShardList
+from ask_dist.data.audio import fit_length
+from ask_dist.data.pack import write_shards
+from ask_dist.data.shards import Clip, ShardList
 from ask_dist.evaluate import external
 from ask_dist.evaluate.encode import encode, search_index
-from ask_dist.evaluate.run import evaluate, search
+from ask_dist.evaluate.run import embed_query, evaluate, search
 from ask_dist.models.saved import load_model
 from tests.data.server import serving
-from tests.finished_run import noise_corpus, untrained_run
+from tests.finished_run import RATE, noise_corpus, untrained_run
 
 
 @pytest.fixture
@@ -55,3 +60,25 @@ def test_the_sounds_found_are_saved_in_their_order(corpus, run, tmp_path, consol
     saved = sorted(path.name for path in (tmp_path / "hits").iterdir())
     assert [name[:8] for name in saved] == ["01-clip-", "02-clip-", "03-clip-"]
     assert {name.rpartition(".")[2] for name in saved} == {"flac"}
+
+
+@torch.no_grad()
+def test_a_clip_of_its_own_length_is_encoded_as_if_it_were_alone(run, tmp_path):
+    """In evaluation beside longer ones, as a query from a file, and by the model itself."""
+    rng, clips = np.random.default_rng(1), []
+    for number in range(12):
+        audio = rng.normal(scale=0.1, size=1600 * (1 + number % 6)).astype(np.float32)  # 0.1 to 0.6 s
+        clips.append(Clip(f"clip-{number:02d}", audio, RATE, (f"noise number {number}",)))
+    write_shards(clips, tmp_path / "short", "train")
+    configure(run, length_step=0.2)
+    config, model = load_model(run)
+    encoded = encode(model, ShardList.load(tmp_path / "short"), config, rank=0, world_size=1)
+    for row, clip in zip(encoded.audio_features, clips, strict=True):
+        length = min(8000, -(-len(clip.audio) // 3200) * 3200)  # of clip_seconds 0.5
+        alone = model.encode_audio(torch.from_numpy(fit_length(clip.audio, length, None))[None])[0]
+        torch.testing.assert_close(row, alone, atol=1e-3, rtol=0)  # FLAC rounds to 16 bits
+        soundfile.write(tmp_path / "query.wav", clip.audio, RATE, subtype="FLOAT")
+        query = embed_query(model, config, None, tmp_path / "query.wav")
+        torch.testing.assert_close(torch.from_numpy(query), alone, atol=1e-5, rtol=0)
+    padded = model.encode_audio(torch.from_numpy(fit_length(clips[0].audio, 8000, None))[None])[0]
+    assert (padded - encoded.audio_features[0]).abs().max() > 1e-2

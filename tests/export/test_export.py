@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +28,10 @@ CAPTIONS = ["a dog barks", "rain falls on a tin roof and then three loud notes",
 SMALL = {"embedding_dim": 12, "text": {"width": 16, "heads": 2, "max_tokens": 16}}
 
 
-def finished(folder: Path, rate: int, model: dict) -> Path:
+def finished(folder: Path, rate: int, model: dict, **data: Any) -> Path:
     """What a finished run leaves of its model, without the training."""
-    tree = {"name": "tones", "data": {"train": "/secret/tones/train", "sample_rate": rate, "clip_seconds": 1.0}}
+    data = {"train": "/secret/tones/train", "sample_rate": rate, "clip_seconds": 1.0, **data}
+    tree = {"name": "tones", "data": data}
     config = configuration.parse(tree | {"model": model})
     torch.manual_seed(1)
     built = build_dual_encoder(config.model, rate, Vocabulary.train(CAPTIONS, 300))
@@ -173,6 +175,13 @@ def test_what_transformers_has_no_class_for_is_refused_and_leaves_nothing(tmp_pa
     with pytest.raises(InputError, match=r"no class for conv with transformer .* use --format safetensors") as error:
         export(run, "transformers", tmp_path / "out", console)
     assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_one_length_is_not_enough_for_a_run_of_several(tmp_path, console):
+    run = finished(tmp_path / "run", 8000, SMALL | {"audio": {"width": 8, "mel_bins": 20}}, length_step=0.5)
+    with pytest.raises(InputError, match=r"data.length_step=0.5 hears clips of several lengths.* use --format safe"):
+        export(run, "onnx", tmp_path / "out", console)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 

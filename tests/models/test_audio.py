@@ -73,6 +73,35 @@ def test_a_clips_vector_does_not_depend_on_the_others_in_the_batch():
     torch.testing.assert_close(network(clips), alone, atol=1e-5, rtol=0)
 
 
+SAVED = {"clap-htsat": save_clap, "ast": save_ast, "whisper": save_whisper, "cnn14": save_cnn14}
+RATES = {"ast": 16000, "whisper": 16000, "cnn14": 32000, "yamnet": 16000}
+
+
+def make_tower(name: str, folder: Path) -> AudioEncoder:
+    """A small one of each kind with random weights, or YAMNet; at 8 kHz, or at the rate that it needs."""
+    if name == "conv":
+        return encoder()
+    needs_pretrained()
+    torch.manual_seed(0)
+    source = str(SAVED[name](folder / name)) if name in SAVED else None
+    return build_audio_encoder(Model(audio=AudioModel(name=name, source=source)), RATES.get(name, RATE)).eval()
+
+
+@pytest.mark.parametrize("name", ["conv", "clap-htsat", "ast", "whisper", "cnn14", "yamnet"])
+@torch.no_grad()
+def test_a_clip_of_its_own_length_has_the_same_vector_alone_and_beside_longer_ones(name, tmp_path):
+    network, heard = make_tower(name, tmp_path), []
+    network.register_forward_pre_hook(lambda tower, inputs: heard.append(tuple(inputs[0].shape)))
+    step = network.sample_rate // 4
+    clips = 0.1 * torch.randn(5, 4 * step, generator=torch.Generator().manual_seed(1))
+    lengths = step * torch.tensor([2, 4, 1, 2, 4])
+    together = network.by_length(clips, lengths)
+    assert heard == [(1, step), (2, 2 * step), (2, 4 * step)]
+    alone = torch.cat([network(clip[None, :length]) for clip, length in zip(clips, lengths.tolist(), strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert torch.equal(network.by_length(clips, None), network(clips))
+
+
 def test_the_order_of_sounds_matters():
     low, high = tone(300), tone(2000)
     one, other = encoder()(torch.stack([torch.cat([low, high]), torch.cat([high, low])]))

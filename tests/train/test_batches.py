@@ -63,6 +63,11 @@ def batch(model: DualEncoder, step: int) -> tuple[Tensor, Tensor, Tensor]:
     return tones, model.text.tokenize(captions), ids
 
 
+def own_lengths() -> Tensor:
+    """Samples of each clip of `batch`, if clips are not all as long; each part of it has several."""
+    return 400 * torch.tensor([1 + number % 3 + number // 12 for number in range(GLOBAL_BATCH)])
+
+
 def objective(loss: BatchLoss) -> AskObjective:
     return AskObjective(Knowledge(enabled=False), loss=loss)
 
@@ -76,14 +81,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def train(engine: Engine, until: int) -> dict[str, Any]:
+def train(engine: Engine, until: int, own: bool = False) -> dict[str, Any]:
     """Global losses, and gradients of the observed steps, of batches that depend on global_step alone."""
     rank, size = dist.get_rank(), engine.optimization.local_batch_size(dist.get_world_size())
     losses, observed = [], {}
     while engine.global_step < until:
         step = engine.global_step
         audio, tokens, ids = (values[rank * size :][:size] for values in batch(engine.module, step))
-        features, chunks = embed(engine, (audio, tokens), engine.optimization.micro_batch_size, seed=step)
+        inputs = (audio, tokens, own_lengths()[rank * size :][:size]) if own else (audio, tokens)
+        features, chunks = embed(engine, inputs, engine.optimization.micro_batch_size, seed=step)
         loss = objective(engine.optimization.loss)(*features, ids).loss
         everywhere = loss.detach().clone()
         dist.all_reduce(everywhere)
@@ -107,6 +113,7 @@ def every_way(rank: int, steps: int) -> dict[str, Any]:
         f"offload {stage}": train(make_engine(stage, chunked=True, offload="all" if stage == 3 else "optimizer"), steps)
         for stage in (1, 2, 3)
     }
+    runs |= {f"own {chunked}": train(make_engine(2, chunked), steps, own=True) for chunked in CHUNKED}
     return runs | {"siglip": train(make_engine(2, chunked=True, loss="siglip"), steps)}
 
 
@@ -126,8 +133,8 @@ def reference() -> dict[str, Any]:
     return plain("info_nce")
 
 
-def plain(loss_name: BatchLoss) -> dict[str, Any]:
-    """The whole batch at once, in plain torch."""
+def plain(loss_name: BatchLoss, own: bool = False) -> dict[str, Any]:
+    """The whole batch at once, in plain torch; clips of their own lengths one by one."""
     model, settings = make_model(loss_name), optimization(0, GLOBAL_BATCH, loss_name)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6
@@ -137,7 +144,12 @@ def plain(loss_name: BatchLoss) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, STEPS)
         audio, tokens, ids = batch(model, step)
-        loss = objective(loss_name)(*model(audio, tokens), ids).loss
+        features = model(audio, tokens)
+        if own:
+            clips = zip(audio, own_lengths().tolist(), strict=True)
+            rows = torch.cat([model.encode_audio(clip[None, :length]) for clip, length in clips])
+            features = features._replace(audio_features=rows)
+        loss = objective(loss_name)(*features, ids).loss
         loss.backward()
         if step in OBSERVED:
             observed[step] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -169,6 +181,15 @@ def assert_equal(run: dict[str, Any], reference: dict[str, Any], rtol: float = 0
         assert run["gradients"][step].keys() == reference["gradients"][step].keys()
         for name, wanted in reference["gradients"][step].items():
             torch.testing.assert_close(run["gradients"][step][name], wanted, atol=1e-5, rtol=rtol, msg=name)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("chunked", CHUNKED)
+def test_clips_of_their_own_lengths_train_as_if_each_were_alone(ranks, reference, chunked):
+    alone = plain("info_nce", own=True)
+    assert abs(alone["losses"][0] - reference["losses"][0]) > 1e-3
+    for rank in ranks:
+        assert_equal(rank[f"own {chunked}"], alone)
 
 
 @pytest.mark.multiprocess

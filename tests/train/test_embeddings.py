@@ -63,7 +63,9 @@ def make_model(config: Config, seed: int = 0) -> DualEncoder:
     return build_dual_encoder(config.model, RATE, vocabulary).train()
 
 
-def batches(shards: ShardList, embeddings: Embeddings, model: DualEncoder, count: int = 9) -> list[Batch]:
+def batches(
+    shards: ShardList, embeddings: Embeddings, model: DualEncoder, count: int = 9, length_step: float | None = None
+) -> list[Batch]:
     loader = TrainLoader(
         shards,
         rank=0,
@@ -75,6 +77,7 @@ def batches(shards: ShardList, embeddings: Embeddings, model: DualEncoder, count
         lanes=2,
         max_bad_share=0.5,
         tokenize=model.text.portable_tokenize(),
+        length_step=length_step,
     )
     embeddings.feed(model, loader)
     stream = loader.batches()
@@ -87,8 +90,9 @@ def assert_same_features(config: Config) -> list[Batch]:
     """Over three epochs, with and without the cache: batches, and features of the model as it trains."""
     shards, model, cached_model = ShardList.load(config.data.train), make_model(config), make_model(config)
     embeddings = cached_embeddings(config, cached_model, shards)
-    plain = batches(shards, Embeddings(), model)
-    cached = batches(shards, embeddings, cached_model)
+    step = config.data.length_step
+    plain = batches(shards, Embeddings(), model, length_step=step)
+    cached = batches(shards, embeddings, cached_model, length_step=step)
     for one, other in zip(plain, cached, strict=True):
         assert (one.keys, one.captions) == (other.keys, other.captions)
         assert torch.equal(one.ids, other.ids)
@@ -107,6 +111,15 @@ def test_a_model_on_cached_vectors_trains_as_without(config):
     cached = assert_same_features(config)
     assert all(batch.audio.shape == batch.tokens.shape == (BATCH, 0) for batch in cached)
     assert {caption for batch in cached for caption in batch.captions} >= {"a noise", "noise number 4"}
+
+
+def test_clips_of_their_own_lengths_have_vectors_of_their_own(config):
+    clips = (noise(n, 0.07 * (1 + n % 7)) for n in range(CLIPS))
+    write_shards(clips, Path(config.data.train), "train", clips_per_shard=8)
+    assert_same_features(config)
+    own = config.model_copy(update={"data": config.data.model_copy(update={"length_step": 0.1})})
+    assert_same_features(own)
+    assert len(list((config.run_dir.parent / FOLDER).iterdir())) == 3  # captions are the same
 
 
 @pytest.mark.parametrize("learning", ["audio", "text"])

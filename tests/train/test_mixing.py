@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_pairs_of_clips_become_two_mixtures_under_one_new_id(seed):
     assert [got.captions[row] for row in (~mixed).nonzero()] == [batch.captions[row] for row in (~mixed).nonzero()]
     assert torch.equal(got.tokens, tokenize(got.captions))
     assert torch.equal(batch.audio, make_batch().audio)  # the loader's batch is left as it was
+
+
+def test_a_mixture_is_as_long_as_the_longer_of_its_clips():
+    torch.manual_seed(0)
+    batch = replace(make_batch(), lengths=100 * torch.arange(1, SIZE + 1))
+    got, mixed = mix(batch, 0.5, CPU, tokenize)
+    for row in mixed.nonzero().squeeze(1).tolist():
+        both = (got.ids == got.ids[row]).nonzero().squeeze(1)
+        assert got.lengths[row] == batch.lengths[both].max()
+    assert torch.equal(got.lengths[~mixed], batch.lengths[~mixed])
+    assert torch.equal(batch.lengths, 100 * torch.arange(1, SIZE + 1))
 
 
 def test_a_seed_draws_the_same_mixtures_and_none_draws_nothing():

@@ -28,9 +28,14 @@ from ask_dist.train.step import train_step
 from tests.ranks import run_ranks
 from tests.train.test_embeddings import CLIPS, RATE, SECONDS, noise
 
-BATCH, FIRST, BROKEN_RANK = 4, 6, 1
+BATCH, FIRST, BROKEN_RANK, STEP = 4, 6, 1, 0.1
 # Of a bank's answer, what enters the loss or, as the age of an own row does, the gradient alone.
 FIELDS = ("audio", "text", "age", "own_audio", "own_text", "own_age", "prototypes")
+
+
+def seconds_of(number: int) -> float:
+    """How long a clip is: whole steps."""
+    return STEP * (1 + number % 5)
 
 
 class Link:
@@ -60,7 +65,7 @@ class Link:
 def make_state(rank: int, folder: Path) -> TrainState:
     tree: dict[str, Any] = {
         "name": "noise",
-        "data": {"train": str(folder), "clip_seconds": SECONDS, "lanes": 2},
+        "data": {"train": str(folder), "clip_seconds": SECONDS, "length_step": STEP, "lanes": 2},
         "model": {"embedding_dim": 16, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
         "optimization": {"micro_batch_size": BATCH, "max_skipped": 3},
         "knowledge": {"start": 0.0, "neighbours": 4, "reliability": {"start": 0.0, "rank": 4}},
@@ -86,6 +91,7 @@ def make_state(rank: int, folder: Path) -> TrainState:
             clip_seconds=SECONDS,
             lanes=2,
             tokenize=model.text.portable_tokenize(),
+            length_step=STEP,
         ),
         shards=shards,
         held_out=HeldOut(),
@@ -114,13 +120,15 @@ def steps_with_broken_answers(rank: int, folder: str) -> list[dict[str, Any]]:
         broken = FIELDS[turn] if number >= FIRST and not whole else None
         state.knowledge.broken = broken if rank == BROKEN_RANK else None
         following, written = next(batches), state.knowledge.upserts
-        values, pairs = train_step(state, batch, following)
+        values, pairs, seconds = train_step(state, batch, following)
         after = state.engine.state()
         moved = [name for name in before if name != "global_step" and not torch.equal(before[name], after[name])]
         found.append(
             {
                 "field": broken,
                 "pairs": pairs,
+                "seconds": seconds,
+                "own_seconds": sum(seconds_of(int(key[-2:])) for key in batch.keys if key),
                 "knowledge": values.get("train/knowledge_used"),
                 "skipped": state.skipped_steps,
                 "written": state.knowledge.upserts - written,
@@ -137,7 +145,8 @@ def steps_with_broken_answers(rank: int, folder: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("step")
-    write_shards(map(noise, range(CLIPS)), folder / "train", "train", clips_per_shard=8)
+    clips = (noise(number, seconds_of(number)) for number in range(CLIPS))
+    write_shards(clips, folder / "train", "train", clips_per_shard=8)
     return run_ranks(steps_with_broken_answers, 2, folder / "ranks", str(folder / "train"))
 
 
@@ -146,6 +155,9 @@ def test_whole_answers_are_trained_on(ranks):
     for steps in ranks:
         whole = [step for step in steps if step["field"] is None]
         assert all(step["moved"] and step["pairs"] > 0 and step["written"] == 1 for step in whole)
+    for here, there in zip(*ranks, strict=True):
+        heard = here["own_seconds"] + there["own_seconds"] if here["field"] is None else 0.0
+        assert here["seconds"] == there["seconds"] == pytest.approx(heard, rel=1e-5)
 
 
 @pytest.mark.multiprocess
