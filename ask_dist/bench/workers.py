@@ -57,6 +57,8 @@ def plan_vs_simulated_workers(
         strategy="none",
         interval=1.0,
         cpu_share=1.0,
+        every=1.0,
+        clips=rows,
     )
     part = work(load, ONE, constants)
     capacity = 1.0 / (part.search + part.upsert)
