@@ -31,12 +31,12 @@ LEARNING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are compared with one bare loop.
+    """Runs that are compared with bare loops: a plain one, and one for each case that spares memory as the case does.
 
     Attributes:
         config_file: the runs.
         cases: settings by name; `knowledge` is a setting of its own.
-        shared: settings of the bare loop, and of the cases but for their own.
+        shared: settings of the loops, and of the cases but for their own.
         steps: of each run.
     """
 
@@ -68,36 +68,56 @@ COMPARISONS = {
 
 
 def compare(comparison: Comparison, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
-    """Runs the bare loop and every case in turns.
+    """Runs the plain loop, every case and the loop that is alike in turns.
 
     Returns:
-        By case, and for the loop as `bare`: samples_per_second (median of the windows) and peak_gib of rank 0; of a
-        case also `ratio` of its samples/s to the loop's, `memory_ratio`, and `stages`, shares of a step by name.
+        By case, and for the plain loop as `bare`: samples_per_second (median of the windows) and peak_gib of rank 0; of
+        a case also `ratio` of its samples/s to the plain loop's, `memory_ratio`, the same two as `alike_ratio` and
+        `alike_memory_ratio` to the loop's that is alike, which may be the plain one, and `stages`, shares of a step by
+        name.
     """
     rates: dict[str, list[float]] = defaultdict(list)
     peaks: dict[str, list[float]] = defaultdict(list)
     stages: dict[str, dict[str, float]] = {}
+
+    def loop(name: str, config: Config, alike: bool) -> None:
+        measured = bare_loop(config, WINDOW, alike)
+        rates[name] += measured.rates[WARM_UP:]
+        peaks[name].append(measured.peak_gib)
+
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
-            for name in ("bare", *comparison.cases):
-                config = _config(comparison, name, Path(folder) / str(number))
-                if name == "bare":
-                    measured, peak = bare_loop(config, WINDOW)
-                    measured = measured[WARM_UP:]
-                else:
-                    rows = trained(config)
-                    measured, peak = [row["train/samples_per_second"] for row in rows], max(map(peak_gib, rows))
-                    stages[name] = _shares(rows, config.global_batch_size)
-                rates[name] += measured
-                peaks[name].append(peak)
+            place = Path(folder) / str(number)
+            loop("bare", _config(comparison, "bare", place), False)
+            for name in comparison.cases:
+                config = _config(comparison, name, place)
+                if not _is_plain(config):
+                    loop(_alike(name), config, True)
+                rows = trained(config)
+                rates[name] += [row["train/samples_per_second"] for row in rows]
+                peaks[name].append(max(map(peak_gib, rows)))
+                stages[name] = _shares(rows, config.global_batch_size)
     found: dict[str, dict[str, Any]] = {
         name: {"samples_per_second": statistics.median(rates[name]), "peak_gib": max(peaks[name])} for name in rates
     }
     for name in comparison.cases:
-        found[name]["ratio"] = found[name]["samples_per_second"] / found["bare"]["samples_per_second"]
-        found[name]["memory_ratio"] = found[name]["peak_gib"] / found["bare"]["peak_gib"]
+        alike = found[_alike(name)] if _alike(name) in found else found["bare"]
+        for prefix, other in (("", found["bare"]), ("alike_", alike)):
+            found[name][f"{prefix}ratio"] = found[name]["samples_per_second"] / other["samples_per_second"]
+            found[name][f"{prefix}memory_ratio"] = found[name]["peak_gib"] / other["peak_gib"]
         found[name]["stages"] = stages[name]
     return found
+
+
+def _alike(name: str) -> str:
+    return f"{name}, loop"
+
+
+def _is_plain(config: Config) -> bool:
+    """Whether a loop that is alike would be the plain one."""
+    settings = config.optimization
+    whole = settings.local_batch_size(config.cluster.num_workers) <= settings.micro_batch_size
+    return whole and settings.zero_stage == 0 and not settings.activation_checkpointing
 
 
 def _config(comparison: Comparison, name: str, folder: Path) -> Config:
@@ -128,7 +148,9 @@ def main() -> None:
         measured[title] = compare(comparison)
         write_atomically(OUTPUT, json.dumps(measured, indent=1).encode())
         for name, values in measured[title].items():
-            ratio = f", {values['ratio']:.3f} of bare" if "ratio" in values else ""
+            ratio = ""
+            if "ratio" in values:
+                ratio = f", {values['ratio']:.3f} of bare, {values['alike_ratio']:.3f} of one alike"
             console.print(
                 f"{title}: {name} {values['samples_per_second']:.4g} samples/s{ratio}, {values['peak_gib']:.3g} GiB",
                 highlight=False,

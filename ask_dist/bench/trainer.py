@@ -40,7 +40,8 @@ def trainer_figures(config_file: Path, steps: int = 160, rounds: int = 2) -> dic
                 knowledge = name == "knowledge"
                 config = bench_config(config_file, Path(folder), f"{name}_{number}", steps * (1 + knowledge), knowledge)
                 rates[name] += _trainer_rates(config)
-            rates["ddp"] += bare_loop(bench_config(config_file, Path(folder), "ddp", steps, False), WINDOW)[0][WARM_UP:]
+            loop = bare_loop(bench_config(config_file, Path(folder), "ddp", steps, False), WINDOW)
+            rates["ddp"] += loop.rates[WARM_UP:]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "trainer_vs_ddp": {

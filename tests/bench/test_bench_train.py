@@ -20,10 +20,12 @@ def test_a_run_in_chunks_is_compared_with_a_bare_loop_over_the_same_batches(tmp_
     path.write_text(yaml.safe_dump(tree))
     chunks = {"optimization.micro_batch_size": 4, "optimization.train_batch_size": 32}
     found = compare(Comparison(path, {"chunks": chunks}, steps=50), rounds=1)
-    bare, case = found["bare"], found["chunks"]
+    bare, alike, case = found["bare"], found["chunks, loop"], found["chunks"]
     assert case["ratio"] == pytest.approx(case["samples_per_second"] / bare["samples_per_second"])
     assert case["memory_ratio"] == pytest.approx(case["peak_gib"] / bare["peak_gib"])
-    assert min(bare["samples_per_second"], bare["peak_gib"], case["ratio"]) > 0
+    assert case["alike_ratio"] == pytest.approx(case["samples_per_second"] / alike["samples_per_second"])
+    assert case["alike_memory_ratio"] == pytest.approx(case["peak_gib"] / alike["peak_gib"])
+    assert min(*(loop["samples_per_second"] for loop in (bare, alike)), bare["peak_gib"], case["ratio"]) > 0
     assert {"data", "forward", "loss", "backward", "step"} <= set(case["stages"])
     assert 0.5 < sum(case["stages"].values()) <= 1.05
 
