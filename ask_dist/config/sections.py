@@ -168,7 +168,9 @@ class Optimization(Section):
     )
     warmup_share: Share = 0.05
     gradient_clip: Weight = 1.0
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="what workers keep a part of: nothing, Adam's state, gradients too, weights too"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of products; weights are always fp32")
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="what lies in the host's memory: nothing, Adam's state, or that and the weights"
