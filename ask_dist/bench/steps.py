@@ -41,8 +41,9 @@ def knowledge_step_100k(
     """Steps with knowledge out of a large bank, in a run that leaves the bank a core, against plain steps.
 
     The bank has a refiner with a tenth of a core, as configured by default, and is filled with clustered rows once the
-    run has begun. Only windows count in which it holds all of them, with its index trained. A run of plain steps goes
-    before it and one after it.
+    run has begun. Only windows count in which it holds all of them, with its index trained, and the last step had its
+    knowledge in the loss; of these not the first, which may have begun without. A run of plain steps goes before it and
+    one after it.
 
     Args:
         config_file: the run; its test split is trained on.
@@ -66,14 +67,14 @@ def knowledge_step_100k(
         plain += _windows(config_file, folder, "after", plain_steps, False, both)[warm_up:]
     wanted = ("bank/rows",) if index == "flat" else ("bank/rows", "bank/inverted_rows")
     ready = [row for row in knowledge if all(row.get(name, 0.0) >= rows for name in wanted)]
+    ready = [row for row in ready if row["train/knowledge_used"] == 1.0][1:]
     if not ready:
-        raise InputError(f"{steps} steps were over before {rows} rows were in a trained {index}: take more steps")
+        raise InputError(f"{steps} steps were over before {rows} rows in a trained {index} were used: take more steps")
     seconds = {"knowledge": _step_seconds(ready), "plain": _step_seconds(plain)}
     return {
         "ratio": seconds["knowledge"] / seconds["plain"],
         **{f"{name}_seconds": value for name, value in seconds.items()},
         "late_share": ready[-1]["bank/late_share"],
-        "used_share": statistics.mean(row["train/knowledge_used"] for row in ready),
         "windows": len(ready),
         "rows": rows,
         "workers": workers,
@@ -81,7 +82,7 @@ def knowledge_step_100k(
 
 
 def knowledge_step_100k_pretrained(
-    config_file: Path, *, steps: int = 50, plain_steps: int = 20, **sizes: Any
+    config_file: Path, *, steps: int = 80, plain_steps: int = 20, **sizes: Any
 ) -> dict[str, float]:
     """As `knowledge_step_100k`, with encoders as they are trained in earnest: both towers of this run learn. A step
     takes seconds, so that few will do."""
