@@ -135,6 +135,11 @@ def fit_length(audio: np.ndarray, samples: int, rng: np.random.Generator | None)
     return audio[start : start + samples]
 
 
+def in_samples(sample_rate: int, clip_seconds: float, length_step: float | None) -> tuple[int, int]:
+    """The samples of the longest clip, and what lengths are multiples of as `own_length` takes it."""
+    return round(clip_seconds * sample_rate), round((length_step or 0.0) * sample_rate)
+
+
 def own_length(length: int, longest: int, step: int) -> int:
     """The samples that an encoder gets of a clip of `length` samples: whole steps, and at most the longest.
 

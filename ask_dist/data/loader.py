@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ask_dist.data.audio import BadSample, fit_length, own_length
+from ask_dist.data.audio import BadSample, fit_length, in_samples, own_length
 from ask_dist.data.lanes import Cut, LaneReader, Part, Tokenize
 from ask_dist.data.leaks import HeldOut, sound_digest
 from ask_dist.data.order import Order, lanes_of
@@ -149,7 +149,7 @@ class TrainLoader:
         self._clips_per_epoch = sum(order.lane_length(lane) for lane in own)
         self._processes = min(processes, len(own))
         self._max_bad_share = max_bad_share
-        samples, step = (round(seconds * sample_rate) for seconds in (clip_seconds, length_step or 0.0))
+        samples, step = in_samples(sample_rate, clip_seconds, length_step)
         cut = Cut(sample_rate, samples, max_clip_seconds, held_out or HeldOut(), tokenize=tokenize, step=step)
         self._reader = LaneReader(shards, order, own, cut)
 
@@ -310,7 +310,7 @@ class EvalLoader:
     ) -> None:
         self.bad = BadSamples()
         self._shards, self._batch_size, self._sample_rate = shards, batch_size, sample_rate
-        self._samples, self._step = (round(seconds * sample_rate) for seconds in (clip_seconds, length_step or 0.0))
+        self._samples, self._step = in_samples(sample_rate, clip_seconds, length_step)
         self._max_seconds = max_clip_seconds
         self._held_out = held_out or HeldOut()
         clips = shards.clips if limit is None else min(limit, shards.clips)

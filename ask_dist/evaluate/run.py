@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ask_dist.config import Config
-from ask_dist.data.audio import BadSample, decode, fit_length, own_length, resample
+from ask_dist.data.audio import BadSample, decode, fit_length, in_samples, own_length, resample
 from ask_dist.data.cache import cache_of
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
@@ -97,7 +97,7 @@ def embed_query(model: DualEncoder, config: Config, query: str | None, audio: Pa
     except BadSample as error:
         raise InputError(f"{audio} can't be used: {error}; give a sound file such as WAV, FLAC, OGG or MP3") from None
     data = config.data
-    longest, step = (round(seconds * data.sample_rate) for seconds in (data.clip_seconds, data.length_step or 0.0))
+    longest, step = in_samples(data.sample_rate, data.clip_seconds, data.length_step)
     samples = own_length(len(waveform), longest, step)
     return model.encode_audio(torch.from_numpy(fit_length(waveform, samples, None)).unsqueeze(0))[0].numpy()
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from ask_dist import cluster
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.config import Config
+from ask_dist.data.audio import in_samples
 from ask_dist.data.captions import captions
 from ask_dist.data.leaks import HeldOut, audit
 from ask_dist.data.shards import ShardList, evenly
@@ -80,11 +81,9 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
     model = new_model(config, vocabulary)
     add_adapters(model, config.model)
     compute_in(model, config.optimization.precision, torch.device("cpu"))
-    samples = round(config.data.clip_seconds * config.data.sample_rate)
-    audio, lengths = 0.1 * torch.randn(size, samples), None
-    if config.data.length_step is not None:  # the shortest and the longest in turns
-        shortest = round(config.data.length_step * config.data.sample_rate)
-        lengths = torch.tensor([shortest, samples]).repeat(size)[:size]
+    longest, shortest = in_samples(config.data.sample_rate, config.data.clip_seconds, config.data.length_step)
+    audio = 0.1 * torch.randn(size, longest)
+    lengths = torch.tensor([shortest, longest]).repeat(size)[:size] if shortest else None  # in turns
     tokens = model.text.tokenize([sentences[i % len(sentences)] for i in range(size)])
     start = time.perf_counter()
     features = model(audio, tokens, lengths)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ask_dist.config import Config
 from ask_dist.data import audio as sounds
-from ask_dist.data.audio import BadSample, fit_length, own_length
+from ask_dist.data.audio import BadSample, fit_length, in_samples, own_length
 from ask_dist.data.cache import file_sha256
 from ask_dist.data.lanes import NO_ID
 from ask_dist.data.leaks import HeldOut
@@ -241,7 +241,7 @@ def _whole(shards: ShardList, shard: int) -> Iterator[Raw]:
 @torch.no_grad()
 def _encode_sounds(raws: Iterator[Raw], config: Config, model: DualEncoder, held_out: HeldOut) -> Encoded:
     data, device, bad = config.data, _device(model), {}
-    samples, step = (round(seconds * data.sample_rate) for seconds in (data.clip_seconds, data.length_step or 0.0))
+    samples, step = in_samples(data.sample_rate, data.clip_seconds, data.length_step)
 
     def clips() -> Iterator[tuple[int, np.ndarray, int]]:
         for raw in raws:
