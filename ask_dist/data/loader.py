@@ -104,7 +104,8 @@ class TrainLoader:
         lanes: see order.py. The order depends on it, so a run keeps it when its world_size changes.
         shuffle_window: clips shuffled together in a lane.
         processes: that decode and tokenize; 0 does it in a thread. The batches are the same.
-        max_bad_share: more bad samples than this share stop the run.
+        max_bad_share: more bad samples than this share of an epoch, or of what was met in more, stop the run; on each
+            rank one shard is spared that is no larger share of the corpus.
         max_clip_seconds: longer audio is bad; see audio.decode.
         quarantine: file that gets a line for each bad sample, or None.
         held_out: clips that count as bad samples if they are met.
@@ -147,6 +148,9 @@ class TrainLoader:
         self.steps_per_epoch = order.steps_per_epoch
         self.bad = BadSamples(quarantine)
         self._clips_per_epoch = sum(order.lane_length(lane) for lane in own)
+        # One shard that can't be read falls to a rank or two, whose share of bad clips is then larger.
+        one_shard = min(max(shards.counts), max_bad_share * order.clips)
+        self._most_bad = max(max_bad_share, one_shard / max(1, self._clips_per_epoch))
         self._processes = min(processes, len(own))
         self._max_bad_share = max_bad_share
         samples, step = in_samples(sample_rate, clip_seconds, length_step)
@@ -218,7 +222,7 @@ class TrainLoader:
     def _check_bad(self) -> None:
         bad = self.bad
         early = bad.delivered < self._clips_per_epoch and bad.count < FEW_BAD
-        if bad.count > self._max_bad_share * bad.delivered and not early:
+        if bad.count > self._most_bad * max(bad.delivered, self._clips_per_epoch) and not early:
             last = bad.records[-1]
             raise InputError(
                 f"{bad.count} of {bad.delivered} samples are bad, over max_bad_share {self._max_bad_share}; the last: "
@@ -272,12 +276,6 @@ def _of_a_death(error: Exception) -> bool:
     return lost or str(error).startswith("DataLoader worker")
 
 
-class AllBad(InputError):
-    """A rank's samples are all bad; `records` name them."""
-
-    records: Sequence[Record] = ()
-
-
 class EvalLoader:
     """One rank's contiguous part of a split, in the order of the shards, cropped in the middle.
 
@@ -317,17 +315,9 @@ class EvalLoader:
         self._first, self._last = rank * clips // world_size, (rank + 1) * clips // world_size
 
     def batches(self) -> Generator[EvalBatch, None, None]:
-        """All batches once; bad samples are left out and counted in `bad`, anew in each pass.
-
-        Raises:
-            AllBad: all samples of this rank are bad.
-        """
+        """All batches once; bad samples are left out and counted in `bad`, anew in each pass."""
         self.bad = BadSamples()
         yield from prefetched(self._batches())
-        if self.bad.count and self.bad.count == self.bad.delivered:
-            error = AllBad(f"all {self.bad.count} samples are bad, the first: {self.bad.records[0]}; pack them again")
-            error.records = self.bad.records
-            raise error
 
     def _batches(self) -> Iterator[EvalBatch]:
         clips = self._clips()

@@ -17,6 +17,7 @@ from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.loader import EvalLoader
 from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.errors import InputError
 from ask_dist.evaluate.long_tail import long_tail_metrics
 from ask_dist.evaluate.retrieval import bootstrap_interval, ranks
 from ask_dist.evaluate.search import IndexedClip, SearchIndex
@@ -155,8 +156,20 @@ def join(parts: Sequence[Encoded]) -> Encoded:
     return Encoded(**whole)
 
 
+def need_clips(encoded: Encoded) -> None:
+    """Raises InputError where no clip of a split can be used."""
+    if not encoded.keys:
+        first = f", the first: {encoded.bad[0]}" if encoded.bad else ""
+        raise InputError(f"no clip can be used{first}; pack them again")
+
+
 def retrieval_results(encoded: Encoded, class_counts: dict[str, int], seed: int) -> dict[str, Any]:
-    """Both directions with 95% intervals of R@1, and recall by class frequency, as `report.Results` has them."""
+    """Both directions with 95% intervals of R@1, and recall by class frequency, as `report.Results` has them.
+
+    Raises:
+        InputError: no clip of the split can be used.
+    """
+    need_clips(encoded)
     found = ranks(encoded.audio_features, encoded.text_features, encoded.owner)
     owner = encoded.owner.numpy()
     clusters = {"text_to_audio": owner, "audio_to_text": None}

@@ -23,13 +23,12 @@ from ask_dist.config import Config
 from ask_dist.data.audio import BadSample
 from ask_dist.data.cache import cache_of
 from ask_dist.data.leaks import LEAK, HeldOut
-from ask_dist.data.loader import AllBad
 from ask_dist.data.places import is_url
 from ask_dist.data.quarantine import QUARANTINE, Record, write_quarantine
 from ask_dist.data.shards import ShardList, stable_id
 from ask_dist.data.table import read_captions
 from ask_dist.errors import InputError
-from ask_dist.evaluate.encode import caption_key, caption_rows, encode, no_rows, paired_rows
+from ask_dist.evaluate.encode import caption_key, caption_rows, encode, paired_rows
 from ask_dist.evaluate.run import embed_query
 from ask_dist.files import write_atomically, writing
 from ask_dist.models.dual_encoder import DualEncoder
@@ -225,19 +224,15 @@ def _held_out(config: Config, console: Console) -> HeldOut:
 
 def _clip_parts(model: DualEncoder, shards: ShardList, config: Config, held_out: HeldOut) -> Iterator[Part]:
     """Part by part, the clips that can be used and are not held out."""
-    parts, found, refused = max(1, shards.clips // PART), False, None
+    parts, found, first = max(1, shards.clips // PART), False, list[Record]()
     for part in range(parts):
-        try:
-            encoded = encode(model, shards, config, rank=part, world_size=parts, held_out=held_out)
-        except AllBad as error:  # all of this part, of a damaged shard for one; the others may be good
-            refused = error
-            yield no_rows(config.model.embedding_dim), [], list(error.records)
-            continue
-        found |= bool(encoded.keys)
+        encoded = encode(model, shards, config, rank=part, world_size=parts, held_out=held_out)
+        found, first = found or bool(encoded.keys), first or encoded.bad[:1]
         told = zip(encoded.keys, encoded.captions, encoded.shards, encoded.sounds, strict=True)
         yield paired_rows(encoded), [_told(*clip) for clip in told], encoded.bad
     if not found:
-        raise refused or InputError("the shards hold no clip that can be used; pack them again")
+        reason = f", the first: {first[0]}" if first else ""
+        raise InputError(f"the shards hold no clip that can be used{reason}; pack them again")
 
 
 def _caption_parts(

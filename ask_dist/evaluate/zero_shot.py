@@ -17,7 +17,7 @@ from torch import Tensor
 from ask_dist.data.cache import cache_of
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
-from ask_dist.evaluate.encode import encode
+from ask_dist.evaluate.encode import encode, need_clips
 from ask_dist.evaluate.retrieval import TIE, bootstrap_interval
 from ask_dist.files import write_atomically
 from ask_dist.models.dual_encoder import DualEncoder
@@ -50,6 +50,7 @@ def zero_shot(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     with console.status(f"encoding {shards}"):
         encoded = encode(model, ShardList.load(shards, cache=cache_of(config)), config, rank=0, world_size=1)
+        need_clips(encoded)
         prompts = class_features(model, classes, templates)
     truth = labels(encoded.classes, classes)
     known = truth.any(axis=1)

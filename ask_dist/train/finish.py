@@ -31,6 +31,7 @@ def finish(state: TrainState) -> None:
     """Evaluates the trained model on all ranks and writes the run's results on rank 0. A collective.
 
     Raises:
+        InputError: no clip of the split that it is tested on can be used; the model is written all the same.
         DiskError: the disk is full or can't be written; the last checkpoint is still there.
     """
     split = "test" if "test" in state.shards else "validation" if "validation" in state.shards else "train"
@@ -40,6 +41,8 @@ def finish(state: TrainState) -> None:
     encoded, probe = gather_encoded(part), gather_encoded(probe)
     trusted, bad = _gather_facts(state)
     if state.rank == 0:
+        with writing(state.config.run_dir):  # first: whatever the scores come to, the model is there
+            save_model(state.config.run_dir / "model", model)
         results = retrieval_results(encoded, state.shards["train"].classes, state.config.seed)
         results |= {"dataset": split, "reliability": _reliability(trusted)}
         results |= _run_facts(state) | _bank_facts(state, probe)
@@ -52,7 +55,6 @@ def finish(state: TrainState) -> None:
         if state.log is not None:
             state.log.close()
         with writing(state.config.run_dir):
-            save_model(state.config.run_dir / "model", model)
             index.write(state.config.run_dir / "index")
             write_report(state.config.run_dir, results)
     dist.barrier()

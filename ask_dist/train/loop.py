@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ from ask_dist.train.state import TrainState
 from ask_dist.train.step import train_step
 from ask_dist.train.trackers import feeds
 from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, last_time
+
+log = logging.getLogger(__name__)
 
 
 def train_loop_per_worker(job: dict[str, Any]) -> None:
@@ -192,11 +195,21 @@ def log_step(state: TrainState, values: dict[str, float], samples_per_second: fl
 
 
 def evaluate_validation(state: TrainState) -> None:
-    """Retrieval on the validation shards, by all ranks; logged, and reported to Ray (for Tune)."""
+    """Retrieval on the validation shards, by all ranks; logged, and reported to Ray (for Tune).
+
+    Where no clip can be read (a store that is out of reach, say) the run keeps its older scores and goes on.
+    """
     shards = state.shards["validation"]
     part = encode(state.engine.whole(), shards, state.config, state.rank, state.world_size)
-    results = retrieval_results(gather_encoded(part), state.shards["train"].classes, state.config.seed)
-    state.scores = {
+    encoded = gather_encoded(part)
+    bad = shards.clips - len(encoded.keys)
+    if bad and state.rank == 0:
+        kept = "" if encoded.keys else "; the older scores stay"
+        log.warning("%d validation clips can't be used, the first: %s%s", bad, encoded.bad[0], kept)
+    if not encoded.keys:
+        return
+    results = retrieval_results(encoded, state.shards["train"].classes, state.config.seed)
+    state.scores = {"eval/validation/bad_samples": float(bad)} | {
         f"eval/validation/{direction}_{name}": value
         for direction in ("text_to_audio", "audio_to_text")
         for name, value in results[direction].items()

@@ -11,10 +11,9 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
-from ask_dist.data.loader import AllBad
 from ask_dist.data.places import one_line
 from ask_dist.data.shards import ShardList
-from ask_dist.evaluate.encode import caption_rows, encode, no_rows, paired_rows
+from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
 from ask_dist.evaluate.external import load_corpus
 from ask_dist.models.dual_encoder import DualEncoder
 
@@ -96,8 +95,7 @@ def share_of(
             allowed = [text for text in texts if not held_out.has_caption(text)]
             yield caption_rows(model, allowed, config.model.embedding_dim)
             continue
-        try:
-            yield paired_rows(encode(model, corpus, config, part, parts * world_size, held_out=held_out))
-        except AllBad as error:
-            log.warning("%s; their rows stay as they are", error)
-            yield no_rows(config.model.embedding_dim)
+        encoded = encode(model, corpus, config, part, parts * world_size, held_out=held_out)
+        if encoded.bad:
+            log.warning("clips that can't be used, the first: %s; their rows stay as they are", encoded.bad[0])
+        yield paired_rows(encoded)

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from ask_dist.data.shards import ShardList
 from tests.end_to_end.command import ask_dist, environment
 
 pytestmark = pytest.mark.ray
 
+BAD = "eval/validation/bad_samples"
 SCORES = {"R@1", "R@5", "R@10", "mAP@10", "median_rank"}
 
 
@@ -128,16 +130,22 @@ def test_bad_samples_are_named_and_too_many_end_the_run(config_file: Path, tones
     shutil.copytree(tones / "train", damaged)
     shard = damaged / "train-000002.tar"
     shard.write_bytes(shard.read_bytes()[:200_000])
+    shutil.copytree(tones / "validation", half := tmp_path / "half")
+    for held_out in half.glob("*.tar"):  # all that the second of the workers is to evaluate
+        held_out.write_bytes(held_out.read_bytes()[: held_out.stat().st_size * 2 // 5])
 
     tolerant = ask_dist(
         "train",
         config_file,
         f"data.train={damaged}",
+        f"data.validation={half}",
         "data.max_bad_share=0.5",
         "optimization.epochs=2",
         "name=tolerant",
     )
     assert tolerant.returncode == 0, tolerant.stderr
+    (bad,) = [row[BAD] for row in rows(tmp_path / "runs/tolerant") if BAD in row]
+    assert bad > ShardList.load(half).clips / 2
     report = json.loads((tmp_path / "runs" / "tolerant" / "report.json").read_text())
     assert report["quarantine"]["count"] > 0
     assert "train-000002.tar" in report["quarantine"]["examples"][0]["name"]

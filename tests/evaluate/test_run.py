@@ -14,6 +14,7 @@ from rich.console import Console
 from ask_dist.data.audio import fit_length
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip, ShardList
+from ask_dist.errors import InputError
 from ask_dist.evaluate import external
 from ask_dist.evaluate.encode import encode, search_index
 from ask_dist.evaluate.run import embed_query, evaluate, search
@@ -50,6 +51,13 @@ def test_shards_behind_urls_are_kept_in_the_cache_of_the_run(corpus, run, tmp_pa
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
         external.build(run, server.url, tmp_path / "bank", console)
         assert [server.requests[f"/train-00000{n}.tar"] for n in (0, 1)] == [1, 1]
+
+
+def test_a_split_without_a_clip_that_can_be_used_is_one_line(corpus, run, console):
+    for shard in corpus.glob("*.tar"):
+        shard.write_bytes(b"garbage" * 1000)
+    with pytest.raises(InputError, match=r"no clip can be used, the first: .*train-000000\.tar.*; pack them again"):
+        evaluate(run, corpus, None, console)
 
 
 def test_the_sounds_found_are_saved_in_their_order(corpus, run, tmp_path, console):
