@@ -92,14 +92,24 @@ def check_resources(config: Config) -> None:
     """Refuses a run that the cluster can't hold.
 
     Raises:
-        InputError: more of a resource is asked for than the cluster has in all; Ray would wait for ever.
+        InputError: more of a resource is asked for than the cluster has in all, or by one worker or actor than any node
+            has; Ray would wait for ever.
     """
-    asked, present = resources(config, use_gpu(config))["in all"], ray.cluster_resources()
+    parts, present = resources(config, use_gpu(config)), ray.cluster_resources()
+    asked = parts.pop("in all")
     for name in ("CPU", "GPU"):
         if asked[name] > present.get(name, 0):
             raise InputError(
                 f"the run asks for {asked[name]:g} {name}, the cluster has {present.get(name, 0):g}; "
                 "lower cluster.num_workers, cpus_per_worker or the actors' shares, or add nodes"
+            )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for part, needs in parts.items():
+        if not any(all(node.get(name, 0) >= amount for name, amount in needs.items()) for node in nodes):
+            told = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
+            raise InputError(
+                f"no node of the cluster has {told}, as {part.rpartition(' x ')[2]} asks for by itself; "
+                "lower its share (cluster.*), or add larger nodes"
             )
 
 

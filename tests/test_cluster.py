@@ -21,6 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 from ask_dist import cluster, config
+from ask_dist.errors import InputError
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 nodes.add_node(num_cpus=2)
@@ -33,6 +34,13 @@ assert len(set(ray.get(where))) == 2
 cluster.stop_actors(actors)
 while ray.available_resources().get("CPU") != 4:
     time.sleep(0.05)
+cluster.check_resources(run)
+run = config.parse({"name": "large", "data": {"train": "unread"}, "cluster": {"bank_cpus": 3, "num_workers": 1}})
+try:
+    cluster.check_resources(run)
+    raise SystemExit("no node has 3 CPU")
+except InputError as error:
+    assert "no node of the cluster has 3 CPU, as bank asks for by itself" in str(error)
 ray.shutdown()
 nodes.shutdown()
 """

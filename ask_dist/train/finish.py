@@ -87,11 +87,11 @@ def _bank_facts(state: TrainState, probe: Encoded) -> dict[str, Any]:
     if state.knowledge is None:
         return {"bank": None, "refine": None, "drift": None}
     bank = state.knowledge.stored_rows(np.array([stable_id(key) for key in probe.keys]))
-    row_of = {int(key): row for row, key in enumerate(bank.ids)}
+    row_of = {} if bank is None else {int(key): row for row, key in enumerate(bank.ids)}
     first_text = np.unique(probe.owner.numpy(), return_index=True)[1]
     found = [(clip, row_of[stable_id(key)]) for clip, key in enumerate(probe.keys) if stable_id(key) in row_of]
     drift = None
-    if len(found) > 10:
+    if bank is not None and len(found) > 10:
         clips, rows = np.array(found).T
         fresh = {"audio": probe.audio_features.numpy()[clips], "text": probe.text_features.numpy()[first_text][clips]}
         stored = {"audio": bank.audio[rows].astype(np.float32), "text": bank.text[rows].astype(np.float32)}

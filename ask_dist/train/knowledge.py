@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,18 @@ from ask_dist.bank.service import BankService
 from ask_dist.bank.shard import OwnRows, stacked, whole_metrics
 from ask_dist.cluster import Actors
 from ask_dist.config import Config
+from ask_dist.data.places import one_line
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.reliability import UNKNOWN
 from ask_dist.train import checkpoint
 
 MINIMUM_ANSWERS = 50
+REFINER_SECONDS = 60.0
+HUNG_SECONDS = 10.0
 PUT_SECONDS = 60.0  # a bank that died is back within seconds, with rows of its own within some more
+
+log = logging.getLogger(__name__)
 
 
 class KnowledgeSource:
@@ -139,13 +145,18 @@ class KnowledgeSource:
         return self._whole_metrics(self._said)
 
     def last_metrics(self) -> dict[str, float]:
-        """As `metrics`, but waits for what the actors say now."""
-        said = ray.get([actor.metrics.remote() for actor in self._actors.all])
-        return self._whole_metrics(dict(zip(self._actors.all, said, strict=True)))
+        """As `metrics`, but waits for what the actors say now; of one that is dead or hangs, what it said last."""
+        calls = {actor: actor.metrics.remote() for actor in self._actors.all}
+        said = {actor: _answer(call, HUNG_SECONDS) or self._said.get(actor, {}) for actor, call in calls.items()}
+        return self._whole_metrics(said)
 
-    def stored_rows(self, ids: np.ndarray) -> OwnRows:
-        """What the bank holds of these ids (int64 [n]); waits for it."""
-        return stacked(ray.get(self._bank.own_rows(ids)))
+    def stored_rows(self, ids: np.ndarray) -> OwnRows | None:
+        """What the bank holds of these ids (int64 [n]); waits for it. None where it died or hangs."""
+        try:
+            return stacked(ray.get(self._bank.own_rows(ids), timeout=PUT_SECONDS))
+        except ray.exceptions.RayError as error:
+            log.warning("the bank does not say what it holds: %s", one_line(error))
+            return None
 
     def _turns(self) -> Iterator[None]:
         """This rank's turn to write: once, at once; in a deterministic run when the ranks before it have had theirs.
@@ -192,9 +203,52 @@ def load_actors(actors: Actors, folder: Path | None) -> None:
     banks, shards = [] if folder is None else checkpoint.bank_folders(folder), len(actors.bank)
     if actors.refiner is not None:  # first: a generation that workers who died had asked for must not meet the new bank
         fits = folder is not None and len(banks) == shards
-        answer(actors.refiner.load_state.remote(checkpoint.load_arrays(folder, "refiner") if fits else {}))
+        _put_back(actors.refiner, checkpoint.load_arrays(folder, "refiner") if folder is not None and fits else {})
     for call in [primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)]:
         answer(call)
+
+
+def refiner_state(refiner: Any, deterministic: bool = False) -> dict[str, np.ndarray]:
+    """What the refiner has learned, for a checkpoint; a generation in progress is waited for.
+
+    Nothing where it is dead, or says nothing for `REFINER_SECONDS` in a run that is not deterministic: from such a
+    checkpoint on it begins anew.
+    """
+    try:
+        return answer(refiner.state.remote(), None if deterministic else REFINER_SECONDS)
+    except ray.exceptions.RayError as error:
+        if deterministic:
+            raise
+        log.warning("a checkpoint without what the refiner has learned: %s", one_line(error))
+        _end_if_hung(refiner)
+        return {}
+
+
+def _put_back(refiner: Any, state: dict[str, np.ndarray]) -> None:
+    """Has the refiner go on from a state, after the generation in progress; one that is started again begins anew."""
+    call = refiner.load_state.remote(state)
+    while True:
+        try:
+            return answer(call, REFINER_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            if _end_if_hung(refiner):
+                return
+        except ray.exceptions.RayActorError as error:
+            log.warning("the refiner begins anew: %s", one_line(error))
+            return
+
+
+def _end_if_hung(refiner: Any) -> bool:
+    """Whether the refiner was alive and said nothing at all, and was ended, so that Ray starts it again."""
+    try:
+        ray.get(refiner.metrics.remote(), timeout=HUNG_SECONDS)  # this it answers beside a generation
+    except ray.exceptions.GetTimeoutError:
+        log.warning("the refiner hangs: it is ended, and begins anew")
+        ray.kill(refiner, no_restart=False)
+        return True
+    except ray.exceptions.RayError:
+        pass
+    return False
 
 
 def answer(call: Any, seconds: float | None = None) -> Any:
@@ -207,8 +261,8 @@ def answer(call: Any, seconds: float | None = None) -> Any:
         raise
 
 
-def _answer(request: Any) -> dict[str, float]:
+def _answer(request: Any, seconds: float | None = None) -> dict[str, float]:
     try:
-        return ray.get(request)
+        return ray.get(request, timeout=seconds)
     except ray.exceptions.RayError:
         return {}  # an actor that is being restarted says nothing this time

@@ -33,7 +33,7 @@ from ask_dist.processor import use_cpu
 from ask_dist.train import checkpoint, finish, start
 from ask_dist.train.embeddings import cached_embeddings
 from ask_dist.train.engine import Engine
-from ask_dist.train.knowledge import KnowledgeSource, answer, load_actors, save_bank
+from ask_dist.train.knowledge import KnowledgeSource, load_actors, refiner_state, save_bank
 from ask_dist.train.profiling import FOLDER, TracingClock, memory
 from ask_dist.train.reencode import is_due, reencode
 from ask_dist.train.state import TrainState
@@ -225,12 +225,12 @@ def save_checkpoint(state: TrainState) -> None:
     if state.rank != 0:
         report(state)
         return
-    refiner = state.actors.refiner
+    refiner, deterministic = state.actors.refiner, state.config.optimization.deterministic
     folder = checkpoint.write(
         state.config.run_dir,
         state.config.optimization.keep_checkpoints,
         engine=engine,
-        arrays={"refiner": answer(refiner.state.remote())} if refiner is not None else {},
+        arrays={"refiner": refiner_state(refiner, deterministic)} if refiner is not None else {},
         banks={name: partial(save_bank, primary) for name, primary in state.actors.primaries.items()},
         global_step=state.engine.global_step,
         samples_seen=state.samples_seen,

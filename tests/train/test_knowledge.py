@@ -24,7 +24,7 @@ from ask_dist.config import Config
 from ask_dist.errors import InputError
 from ask_dist.models import saved
 from ask_dist.train import checkpoint, knowledge
-from ask_dist.train.knowledge import KnowledgeSource, load_actors, save_bank
+from ask_dist.train.knowledge import KnowledgeSource, load_actors, refiner_state, save_bank
 from ask_dist.train.reencode import put_parts
 from tests.finished_run import noise_corpus, untrained_run
 
@@ -216,3 +216,36 @@ def test_a_bank_that_answers_nothing_ends_the_run(started):
     link.prefetch(torch.arange(4), 0.5)
     with pytest.raises(InputError, match=r"3 of the bank's answers in a row came late or failed, bank\.max_missed"):
         link.collect()
+
+
+def test_a_checkpoint_goes_without_a_refiner_that_is_dead_or_hangs_which_begins_anew(started, monkeypatch):
+    monkeypatch.setattr(knowledge, "REFINER_SECONDS", 2.0)
+    monkeypatch.setattr(knowledge, "HUNG_SECONDS", 2.0)
+    refine = {"strategy": "linear", "interval": 0.05, "minimum_fresh": 16, "cpu_share": 1.0}
+    link, actors = started({"optimization": {"deterministic": False}, "refine": refine})
+    rows = unit_rows(np.random.default_rng(8).normal(size=(ROWS, DIM))).astype(np.float32)
+    link.put(np.arange(ROWS), rows, rows, 0)
+    wait_for(lambda: refiner_state(actors.refiner))
+    for signalled in (signal.SIGSTOP, signal.SIGKILL):
+        os.kill(process := process_of(actors.refiner), signalled)
+        assert refiner_state(actors.refiner) == {}
+        assert link.last_metrics()["bank/rows"] == ROWS
+        wait_for(lambda process=process: process_of(actors.refiner) != process)
+        link.put(np.arange(ROWS), rows, rows, 1 + signalled)
+        wait_for(lambda: refiner_state(actors.refiner))
+    os.kill(process_of(actors.refiner), signal.SIGSTOP)
+    load_actors(actors, None)
+    assert link.last_metrics()["bank/rows"] == 0
+
+
+def process_of(actor) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+def wait_for(condition) -> None:
+    """Polls; the test's own timeout ends a wait in vain."""
+    while True:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            if condition():
+                return
+        time.sleep(0.05)
