@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -167,9 +168,11 @@ def write_shards(
         The content of sizes.json.
 
     Raises:
-        BadSample, InputError: see encode_clip; also no clips, a key that occurs twice, or two sample rates.
+        BadSample, InputError: see encode_clip; also no clips, a key that occurs twice, two sample rates, or tars in
+            the folder that are not of this split.
     """
     folder = Path(folder)
+    refuse_others(folder, split)
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -205,6 +208,17 @@ def _write_aside(
     return shards
 
 
+def refuse_others(folder: Path, split: str) -> None:
+    """Raises InputError where a folder holds tars that are not of this split: packing would take their place."""
+    own = re.compile(rf"{re.escape(split)}-\d{{6}}\.tar")
+    others = sorted(path.name for path in folder.glob("*.tar") if not own.fullmatch(path.name))
+    if others:
+        raise InputError(
+            f"{folder} holds {len(others)} tars that are no shards of the split {split!r}, such as {others[0]}: "
+            "pack into a folder of its own, or move them"
+        )
+
+
 def publish(shards: Sequence[WrittenShard], aside: Path, folder: Path, split: str, **more: Any) -> dict[str, Any]:
     """Move finished tars out of `aside` under their names, in the place of what `folder` held, and write sizes.json.
 
@@ -234,7 +248,7 @@ def publish(shards: Sequence[WrittenShard], aside: Path, folder: Path, split: st
     if len(rates) > 1:
         sizes["sample_rates"] = dict(sorted(rates.items(), key=lambda item: int(item[0])))
     (folder / SIZES).unlink(missing_ok=True)
-    for old in folder.glob("*.tar"):
+    for old in folder.glob("*.tar"):  # none of another split, or it would have been refused
         old.unlink()
     for name, shard in zip(names, shards, strict=True):
         os.replace(aside / shard.file, folder / name)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ask_dist.data.pack import ASIDE, WrittenShard, publish
+from ask_dist.data.pack import ASIDE, WrittenShard, publish, refuse_others
 from ask_dist.data.pack_rows import PackSettings, Task, pack_rows
 from ask_dist.data.processes import in_processes
 from ask_dist.data.shards import LONGEST_KEY, SIZES, read_sizes, write_text
@@ -79,12 +79,16 @@ def pack_table(
         progress: called with audio files done and audio files in all.
 
     Raises:
-        InputError: a path leads out of the source's folder, a URL is of a kind that is not read, or no clip is left.
+        InputError: a path leads out of the source's folder, a URL is of a kind that is not read, no clip is left, or
+            the folder holds tars of another split.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", settings.split):
         raise InputError(f"split {settings.split!r}: use letters, digits, _ and - alone")
     if not re.fullmatch(r"[A-Za-z0-9_-]{0,20}", settings.key_prefix):
         raise InputError(f"key prefix {settings.key_prefix!r}: use up to 20 letters, digits, _ and - alone")
+    refuse_others(folder, settings.split)
+    if not rows:
+        raise InputError(f"{name} has no rows: give at least one audio file with a caption")
     rows, names, refused = _wanted(rows, source, name)
     digest = _digest(rows, names, source, settings)
     if not again and (summary := _packed_before(folder, digest, len(rows))):

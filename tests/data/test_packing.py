@@ -108,6 +108,19 @@ def test_unusable_input_is_an_input_error(tmp_path: Path, sounds: Path) -> None:
         pack(tmp_path / "t.csv", sounds, tmp_path / "out")
     with pytest.raises(InputError, match=r"split '\.\./x'"):
         pack(tmp_path / "t.csv", sounds, tmp_path / "out", split="../x")
+    with pytest.raises(InputError, match="t has no rows"):
+        pack_table([], Source(sounds), tmp_path / "out", PackSettings(), name="t", processes=1)
+
+
+def test_shards_of_another_split_are_never_replaced(tmp_path: Path, sounds: Path) -> None:
+    (tmp_path / "t.csv").write_text("audio,caption\ncat.flac,a cat\n")
+    pack(tmp_path / "t.csv", sounds, out := tmp_path / "out")
+    before = contents(out)
+    with pytest.raises(InputError, match=r"1 tars that are no shards of the split 'test', such as train-000000\.tar"):
+        pack(tmp_path / "t.csv", sounds, out, split="test")
+    assert contents(out) == before
+    pack(tmp_path / "t.csv", sounds, out, again=True)
+    assert contents(out) == before
 
 
 def test_keys_are_valid_unique_and_do_not_depend_on_the_order() -> None:

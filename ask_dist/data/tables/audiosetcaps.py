@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ask_dist.data.table import Row, joined, read_lines, require, texts
 from ask_dist.data.tables.find_audio import AudioFiles
 
+VIDEO = re.compile(r"(?:Y(?=.{11}$))?([A-Za-z0-9_-]{11})(?:_[0-9]+)?")  # group 1 is YouTube's id
+
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
     """See Reader. The audio is called as its `id`, with the Y that stands before AudioSet's ids or without it.
+
+    Of the other two tables an id is a video's with the place of the clip in it, such as `OxPnZzn1_L8_000883`.
 
     Beside it may stand tables with a column `youtube_id`, such as AudioCaps' test split: these clips are not packed.
     """
@@ -24,8 +29,9 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
         row.captions = joined(row.captions, texts(cells["caption"]))
     for clip, row in rows.items():
         files.give(row, [clip, clip.removeprefix("Y")])
-        if clip.removeprefix("Y") in held_out:
-            row.refused = f"in {held_out[clip.removeprefix('Y')].name}"
+        video = VIDEO.fullmatch(clip)
+        if video and video[1] in held_out:
+            row.refused = f"in {held_out[video[1]].name}"
     return list(rows.values())
 
 

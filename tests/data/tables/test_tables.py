@@ -81,6 +81,8 @@ def test_audiosetcaps_ids_have_a_y_in_audioset_alone(tmp_path):
     ]
     test = write(tmp_path / "test.csv", "audiocap_id,youtube_id,start_time,caption\n1,AbCdEfGhIjK,30,A dog barks\n")
     assert [row.refused for row in READERS["audiosetcaps"](table, audio, [test])][:3] == ["", "in test.csv", ""]
+    test.write_text("youtube_id\n---1_cCGK4M\nOxPnZzn1_L8\n")
+    assert [bool(row.refused) for row in READERS["audiosetcaps"](table, audio, [test])][:3] == [True, False, True]
 
 
 def test_clotho_has_five_captions_a_clip_and_metadata_in_latin_1(tmp_path):
