@@ -225,6 +225,15 @@ def test_check_looks_into_some_of_very_many_shards(config, tmp_path, capsys):
     assert "train-000069.tar noise-69: held out: its key is in test" in told
 
 
+def test_check_names_what_cannot_be_held_out(config, tmp_path, tones, capsys):
+    damaged = shutil.copytree(tones / "test", tmp_path / "test")
+    (tar, *_) = sorted(damaged.glob("*.tar"))
+    tar.write_bytes(bytes(1024))
+    assert run("check", config, f"data.test={damaged}") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "clips of the test split can't be read and so not be held out of training and banks, the first in" in told
+
+
 def test_check_refuses_more_cores_than_there_are(config, refused):
     line = refused("check", config, "cluster.cpus_per_worker=100000")
     assert "200000 CPU" in line

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,12 +35,16 @@ class HeldOut:
         sounds: `sound_digest` of each, with split and key.
         captions: `words` of each of their captions, with split and key.
         fingerprints: of each that has one, by split and key; None: likeness is not looked for.
+        unread: what can't be read, and so is held out from nothing, or by its key alone: a record a clip or shard.
+        warnings: a line for each split that has some of these.
     """
 
     keys: Mapping[str, str] = field(default_factory=dict)
     sounds: Mapping[bytes, str] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Fingerprints | None = None
+    unread: tuple[Record, ...] = ()
+    warnings: tuple[str, ...] = ()
     # What clips were found to sound like, by `stable_id` of shard and key: later epochs need not look again.
     _likeness: dict[int, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -47,7 +52,7 @@ class HeldOut:
     def of(
         cls, splits: Mapping[str, ShardList], *, fingerprints: bool = False, max_clip_seconds: float = MAX_SECONDS
     ) -> HeldOut:
-        """Reads all shards of the splits but `train`; what can't be read is passed over.
+        """Reads all shards of the splits but `train`; what can't be read is in `unread`.
 
         Args:
             splits: shards by the names of their splits.
@@ -58,11 +63,16 @@ class HeldOut:
         sounds: dict[bytes, str] = {}
         captions: dict[str, str] = {}
         prints: list[tuple[str, Fingerprint]] = []
+        unread: list[Record] = []
+        warnings: list[str] = []
         for split, shards in splits.items():
             if split == "train":
                 continue
+            lost: Counter[tuple[str, str, str]] = Counter()
             for shard, count in enumerate(shards.counts):
-                for raw in read_clips(shards, shard, 0, count):
+                for raw in read_clips(shards, shard, 0, count, shards.labels[shard]):
+                    if raw.problem:
+                        lost[raw.shard, raw.key, raw.problem] += 1
                     if not raw.key:
                         continue
                     keys[raw.key], name = split, f"{split} as {raw.key}"
@@ -74,7 +84,10 @@ class HeldOut:
                     if fingerprints:
                         with suppress(BadSample):
                             prints.append((name, fingerprint(*decode(raw.sound, max_clip_seconds))))
-        return cls(keys, sounds, captions, Fingerprints(prints) if fingerprints else None)
+            unread += [_unread(split, *clip, clips) for clip, clips in lost.items()]
+            warnings += [_warning(split, shards.clips, lost)] if lost else []
+        found = Fingerprints(prints) if fingerprints else None
+        return cls(keys, sounds, captions, found, tuple(unread), tuple(warnings))
 
     @property
     def digest(self) -> str:
@@ -147,6 +160,19 @@ def audit(shards: ShardList, held_out: HeldOut, chosen: Iterable[int] | None = N
                     reasons.append(str(error))
                 records += [{"shard": labels[shard], "key": key, "reason": reason} for reason in reasons]
     return records
+
+
+def _unread(split: str, shard: str, key: str, problem: str, clips: int) -> Record:
+    what = f"this clip of {split} by more than its key" if key else f"{clips} clips of {split}"
+    return {"shard": shard, "key": key, "reason": f"can't hold out {what}: {problem}"}
+
+
+def _warning(split: str, clips: int, lost: Counter[tuple[str, str, str]]) -> str:
+    shard, key, problem = next(iter(lost))
+    return (
+        f"{lost.total()} of {clips} clips of the {split} split can't be read and so not be held out of training and "
+        f"banks, the first in {f'{shard} {key}'.rstrip()}: {problem}"
+    )
 
 
 def words(caption: str) -> str:

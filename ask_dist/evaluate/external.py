@@ -87,7 +87,7 @@ def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> 
         size, parts = found.clips, _clip_parts(model, found, config, held_out)
     bank = KnowledgeBank(config.model.embedding_dim, size)
     clips: dict[int, BankedClip] = {}
-    left_out: list[Record] = []
+    left_out: list[Record] = [*held_out.unread]
     with _bar(console) as bar:
         for rows, told, bad in bar.track(parts, total=max(1, size // PART), description=f"encoding {corpus}"):
             bank.upsert(*rows, None, step=0)
@@ -219,7 +219,10 @@ def _held_out(config: Config, console: Console) -> HeldOut:
             splits |= {split: ShardList.load(place, cache=cache_of(config))} if place is not None else {}
         except InputError as error:
             console.print(f"[yellow]warning:[/] not checked against the {split} split: {escape(str(error))}")
-    return HeldOut.of(splits, fingerprints=config.data.fingerprints, max_clip_seconds=config.data.max_clip_seconds)
+    held_out = HeldOut.of(splits, fingerprints=config.data.fingerprints, max_clip_seconds=config.data.max_clip_seconds)
+    for warning in held_out.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    return held_out
 
 
 def _clip_parts(model: DualEncoder, shards: ShardList, config: Config, held_out: HeldOut) -> Iterator[Part]:

@@ -127,7 +127,10 @@ def _audit(shards: dict[str, ShardList], chosen: list[int], console: Console) ->
     if not chosen:
         return
     with console.status("looking for repeated keys and held-out clips"):
-        found = audit(shards["train"], HeldOut.of(shards), chosen)
+        held_out = HeldOut.of(shards)
+        found = audit(shards["train"], held_out, chosen)
+    for warning in held_out.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     for record in found[:SHOWN]:
         line = escape(f"{record['shard']} {record['key']}: {record['reason']}")
         console.print(f"[yellow]warning:[/] {line}", highlight=False, soft_wrap=True)

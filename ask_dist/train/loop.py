@@ -116,6 +116,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     )
     if rank == 0 and config.tracking.profile:
         state.clock = TracingClock(config.run_dir / FOLDER, device)
+    start.name_unread(state)
     resume(state, job["checkpoint"])
     if config.data.cache_embeddings:  # the weights of frozen towers are now those of the checkpoint
         state.embeddings = cached_embeddings(config, state.engine.whole(), shards["train"], held_out, rank, world_size)

@@ -96,6 +96,14 @@ def held_out_clips(config: Config, shards: dict[str, ShardList], rank: int = 0, 
     return found[0]
 
 
+def name_unread(state: TrainState) -> None:
+    """Warns, on rank 0, of clips that can't be read and so not be held out, and puts them into the quarantine."""
+    if state.log is not None:
+        state.loader.bad.note(0, [], state.held_out.unread)
+        for line in state.held_out.warnings:
+            state.log.warn(line)
+
+
 def encode_anchors(state: TrainState) -> None:
     """Puts rows of training clips by the starting weights into the bank, and lets the refiner note them. A collective.
 

@@ -26,7 +26,7 @@ class MetricsLog:
         feeds: further places for the rows. One that fails is named in a row {"step", "time", "warning"}.
 
     Raises:
-        DiskError: here and in `log`, the disk is full or can't be written.
+        DiskError: here, in `log` and in `warn`, the disk is full or can't be written.
     """
 
     def __init__(self, path: Path, elapsed: float = 0.0, feeds: Sequence[Feed] = ()) -> None:
@@ -44,18 +44,22 @@ class MetricsLog:
         self._write({name: value if math.isfinite(value) else None for name, value in metrics.items()})
         for feed in self._feeds:
             feed.log(metrics, step)
-        self._warn()
+        self._warn_of_feeds()
+
+    def warn(self, problem: str) -> None:
+        """Writes a row {"step", "time", "warning"}, which the console shows."""
+        self._write({"warning": problem})
 
     def close(self) -> None:
         """Waits for the feeds too, a minute at most for each that does not answer."""
         for feed in self._feeds:
             feed.close()
-        self._warn()
+        self._warn_of_feeds()
         self._file.close()
 
-    def _warn(self) -> None:
+    def _warn_of_feeds(self) -> None:
         for problem in filter(None, [feed.take_problem() for feed in self._feeds]):
-            self._write({"warning": problem})
+            self.warn(problem)
 
     def _write(self, values: dict[str, Any]) -> None:
         row = {"step": self._step, "time": round(time.monotonic() - self._start, 3)} | values

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import soundfile
 
 from ask_dist.data.audio import BadSample
+from ask_dist.data.cache import ShardCache
 from ask_dist.data.fingerprints import Fingerprints
 from ask_dist.data.leaks import HeldOut, audit, sound_digest, words
 from ask_dist.data.loader import EvalLoader, TrainLoader
 from ask_dist.data.pack import EncodedClip, describe, write_shards
 from ask_dist.data.samples import Raw
 from ask_dist.data.shards import Clip, ShardList
+from tests.data.server import serving
 
 MakeClip = Callable[..., Clip]
 RATE = 8000
@@ -139,6 +142,46 @@ def test_sounds_that_cannot_be_decoded_have_no_fingerprint(alike: dict[str, Shar
     assert held_out.fingerprints.match(moving(3), RATE) == "test as quiet"
     assert held_out.fingerprints.match(moving(8), RATE) is None
     assert held_out.keys.keys() == {"quiet", "later", "other"}
+
+
+def test_what_cannot_be_read_is_named_and_counted(
+    splits: dict[str, ShardList], tmp_path: Path, make_clip: MakeClip
+) -> None:
+    assert (HeldOut.of(splits).unread, HeldOut.of(splits).warnings) == ((), ())
+    write_shards(map(make_clip, range(20)), tmp_path / "far", "validation", clips_per_shard=15)
+    garbage = splits["test"].paths[0]
+    garbage.write_bytes(b"\1" * garbage.stat().st_size)
+    with serving(tmp_path / "far") as server:
+        server.faults["/validation-000001.tar"] = ["503"]
+        cache = ShardCache(tmp_path / "cache", tries=1)
+        far = ShardList.load(server.url, cache=cache)
+        held_out = HeldOut.of({"train": splits["train"], "validation": far, "test": splits["test"]})
+    assert len(held_out.keys) == 15
+    lost, damaged = held_out.unread
+    assert (lost["shard"], lost["key"], damaged["shard"], damaged["key"]) == (far.names[1], "", "test-000000.tar", "")
+    assert lost["reason"].startswith("can't hold out 5 clips of validation: ")
+    assert "503" in lost["reason"]
+    assert damaged["reason"].startswith("can't hold out 3 clips of test: the shard has 0 clips that can be read, not")
+    first, second = held_out.warnings
+    assert first.startswith("5 of 20 clips of the validation split can't be read and so not be held out of training")
+    assert "banks, the first in validation-000001.tar: " in first
+    assert second.startswith("3 of 3 clips of the test split")
+
+
+def test_a_clip_whose_key_alone_can_be_read_is_held_out_by_that(splits: dict[str, ShardList]) -> None:
+    with tarfile.open(splits["test"].paths[0], "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("clip-005.flac"))
+    held_out = HeldOut.of({"test": splits["test"]})
+    assert held_out.keys == {"clip-005": "test"}
+    doubled, missing = held_out.unread
+    assert doubled == {
+        "shard": "test-000000.tar",
+        "key": "clip-005",
+        "reason": "can't hold out this clip of test by more than its key: the key occurs twice in the shard",
+    }
+    assert missing["reason"].startswith("can't hold out 2 clips of test: ")
+    assert "3 of 3 clips of the test split" in held_out.warnings[0]
 
 
 def test_an_audit_names_repeated_keys_and_leaks_before_a_run(

@@ -146,15 +146,20 @@ def test_bad_samples_are_named_and_too_many_end_the_run(config_file: Path, tones
     assert tolerant.returncode == 0, tolerant.stderr
     (bad,) = [row[BAD] for row in rows(tmp_path / "runs/tolerant") if BAD in row]
     assert bad > ShardList.load(half).clips / 2
+    unread = f"{bad:.0f} of 40 clips of the validation split can't be read and so not be held out"
+    assert f"warning: {unread}" in tolerant.stdout
     report = json.loads((tmp_path / "runs" / "tolerant" / "report.json").read_text())
-    assert report["quarantine"]["count"] > 0
-    assert "train-000002.tar" in report["quarantine"]["examples"][0]["name"]
+    assert report["quarantine"]["leaks"] == 0
+    cut, gone, *others = report["quarantine"]["examples"]
+    assert cut["reason"].startswith("can't hold out this clip of validation by more than its key: ")
+    assert gone["reason"].startswith(f"can't hold out {bad - 1:.0f} clips of validation: ")
+    assert any("train-000002.tar" in example["name"] for example in others)
 
     strict = ask_dist("train", config_file, f"data.train={damaged}", "optimization.epochs=2", "name=strict")
     assert strict.returncode == 2, strict.stdout
     assert "samples are bad" in strict.stderr
     assert strict.stderr.count("error:") == 1
-    for name in ("tolerant", "strict"):
+    for name, further in (("tolerant", {"validation-000000.tar"}), ("strict", set())):
         lines = (tmp_path / "runs" / name / "quarantine.jsonl").read_text().splitlines()
         assert len(set(lines)) == len(lines)
-        assert {json.loads(line)["shard"] for line in lines} == {"train-000002.tar"}
+        assert {json.loads(line)["shard"] for line in lines} == {"train-000002.tar"} | further
