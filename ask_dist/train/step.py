@@ -56,13 +56,13 @@ def train_step(state: TrainState, batch: Batch, following: Batch) -> tuple[dict[
         return _skipped(state), 0, 0.0
     with clock("backward"):
         backward(engine, output.loss, chunks)
-    if probe:
-        state.diagnostics = _diagnostics(features, output)
     with clock("step"):
         result = engine.step()
     if not result.updated:
         return _skipped(state), 0, 0.0
     state.skipped_in_a_row = 0
+    if probe:  # only of gradients that are known to be finite
+        state.diagnostics = _diagnostics(features, output)
     if state.knowledge:
         with clock("knowledge"):
             rows = (features.audio_features, features.text_features, output.reliability)
@@ -119,6 +119,7 @@ def _skipped(state: TrainState) -> dict[str, float]:
         NotFinite: there were `max_skipped` in a row. Ray Train then goes back to the last checkpoint, as often as
             `cluster.max_failures` allows.
     """
+    state.clock.step()
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
     if state.skipped_in_a_row >= state.config.optimization.max_skipped:
@@ -161,16 +162,19 @@ def _agree(loss: Tensor, valid: Tensor, seconds: float) -> tuple[float, int, flo
 
 
 def _diagnostics(features: Features, output: ObjectiveOutput) -> dict[str, float]:
-    """GLB: the gradient's share outside the span of the batch; and whether one modality learns faster."""
+    """GLB: the gradient's share outside the span of the batch; and whether one modality learns faster.
+
+    The share is left out where the batch's rows, audio and text, may span the whole space: nothing lies outside then.
+    """
     audio, text = features.audio_features.grad, features.text_features.grad
     if audio is None or text is None:
         return {}
+    found = {"train/gradient_norm_ratio": float(audio.norm() / text.norm().clamp(min=1e-12))}
     span = torch.cat([output.batch.audio_features.detach(), output.batch.text_features.detach()])
-    shares = [out_of_span_share(gradient.detach().float(), span.float()) for gradient in (audio, text)]
-    return {
-        "train/out_of_batch_gradient_share": sum(shares) / 2,
-        "train/gradient_norm_ratio": float(audio.norm() / text.norm().clamp(min=1e-12)),
-    }
+    if len(span) <= span.shape[1]:
+        shares = [out_of_span_share(gradient.detach().float(), span.float()) for gradient in (audio, text)]
+        found["train/out_of_batch_gradient_share"] = sum(shares) / 2
+    return found
 
 
 def _remember_trust(state: TrainState, batch: Batch, output: ObjectiveOutput) -> None:

@@ -67,7 +67,7 @@ def make_state(rank: int, folder: Path) -> TrainState:
         "name": "noise",
         "data": {"train": str(folder), "clip_seconds": SECONDS, "length_step": STEP, "lanes": 2},
         "model": {"embedding_dim": 16, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
-        "optimization": {"micro_batch_size": BATCH, "max_skipped": 3},
+        "optimization": {"micro_batch_size": BATCH, "max_skipped": 3, "log_every": 1},
         "knowledge": {"start": 0.0, "neighbours": 4, "reliability": {"start": 0.0, "rank": 4}},
     }
     config = configuration.parse(tree)
@@ -135,6 +135,7 @@ def steps_with_broken_answers(rank: int, folder: str) -> list[dict[str, Any]]:
                 "moved": moved,
                 "steps": int(after["global_step"] - before["global_step"]),
                 "weights": after,
+                "diagnostics": dict(state.diagnostics),
             }
         )
         batch, before = following, after
@@ -155,6 +156,7 @@ def test_whole_answers_are_trained_on(ranks):
     for steps in ranks:
         whole = [step for step in steps if step["field"] is None]
         assert all(step["moved"] and step["pairs"] > 0 and step["written"] == 1 for step in whole)
+        assert all(0.0 <= step["diagnostics"]["train/out_of_batch_gradient_share"] <= 1.0 for step in whole)
     for here, there in zip(*ranks, strict=True):
         heard = here["own_seconds"] + there["own_seconds"] if here["field"] is None else 0.0
         assert here["seconds"] == there["seconds"] == pytest.approx(heard, rel=1e-5)
