@@ -20,6 +20,7 @@ from ask_dist.train.recompute import recompute_blocks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"  # of the weights; kept beside Adam's moments, and in parts over the ranks as they are
+REDUCED_AT_ONCE = 500_000_000  # elements, DeepSpeed's own default
 
 
 def learning_rate(optimization: Optimization, global_step: int, total_steps: int) -> float:
@@ -58,9 +59,10 @@ class Engine:
             os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        # On CPU DeepSpeed would compile a shared-memory all-reduce at first use (38 s, and a compiler that a plain
-        # machine may lack); gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if device.type == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce at first use (38 s, and a compiler that a plain
+            # machine may lack); gloo does the same work.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.optimization = optimization
         self.total_steps = total_steps
         self._thawing = {name: encoder for name, encoder in encoders(model).items() if encoder.thaws_at > 0.0}
@@ -74,6 +76,8 @@ class Engine:
             recompute_blocks(model)
         compute_in(model, optimization.precision, device)
         groups = parameter_groups(model, optimization.weight_decay, optimization.layer_decay)
+        trained = sum(weights.numel() for group in groups for weights in group["params"])
+        on_host = device.type == "cpu" or optimization.offload != "none"
         self.deepspeed, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=torch.optim.AdamW(
@@ -81,9 +85,9 @@ class Engine:
                 lr=optimization.learning_rate,
                 betas=(0.9, 0.98),
                 eps=1e-6,
-                fused=device.type == "cpu" or None,  # several passes over the weights in one; GPUs do well by default
+                fused=on_host or None,  # several passes over the weights in one; GPUs do well by default
             ),
-            config=_deepspeed_config(optimization),
+            config=_deepspeed_config(optimization, trained),
             dist_init_required=False,
         )
         self._create_moments()
@@ -337,8 +341,11 @@ def _loss_scaler() -> Any:
     )
 
 
-def _deepspeed_config(optimization: Optimization) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": optimization.zero_stage, "overlap_comm": False}
+def _deepspeed_config(optimization: Optimization, trained: int) -> dict[str, Any]:
+    """DeepSpeed's settings for a model with so many trained elements."""
+    # A buffer of this many elements is held however small the model is.
+    bucket = max(1, min(REDUCED_AT_ONCE, trained))
+    zero: dict[str, Any] = {"stage": optimization.zero_stage, "overlap_comm": False, "reduce_bucket_size": bucket}
     if optimization.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if optimization.offload == "all":

@@ -64,7 +64,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device() if job["use_gpu"] else torch.device("cpu")
-    if device.type == "cpu":
+    if device.type == "cpu" or config.optimization.offload != "none":  # Adam's update is then the host's
         use_cpu(config.cluster.cpus_per_worker)
     torch.manual_seed(config.seed)
     vocabulary = Vocabulary.load(config.run_dir / "model" / Vocabulary.FILE)

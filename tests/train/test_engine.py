@@ -66,6 +66,7 @@ def continue_from_state(rank: int, stage: int) -> dict[str, Any]:
     unrestored = train(fresh, BEFORE)
     fresh.load_state(state)
     return {
+        "bucket": getattr(engine.deepspeed.optimizer, "reduce_bucket_size", 0),
         "first": first,
         "uninterrupted": uninterrupted,
         "continued": train(fresh, AFTER),
@@ -192,6 +193,13 @@ def test_state_is_whole_fp32_and_the_same_on_every_rank(stages, stage):
     assert (int(first["global_step"]), int(first["updates"])) == (BEFORE + 1, BEFORE)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=0, rtol=0)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_buffer_is_larger_than_all_gradients(stages, stage):
+    trained = sum(weights.numel() for weights in Network().parameters() if weights.requires_grad)
+    assert {rank[stage]["bucket"] for rank in stages} == {trained}
 
 
 @pytest.mark.multiprocess
