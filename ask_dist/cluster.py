@@ -88,6 +88,12 @@ def use_gpu(config: Config) -> bool:
     return ray.cluster_resources().get("GPU", 0) >= config.cluster.num_workers
 
 
+def idle_gpus(config: Config) -> int:
+    """GPUs of the cluster that a run leaves unused because they are fewer than its workers; 0 where it was told to."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return gpus if config.cluster.use_gpu is None and not use_gpu(config) else 0
+
+
 def check_resources(config: Config) -> None:
     """Refuses a run that the cluster can't hold.
 

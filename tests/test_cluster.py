@@ -41,6 +41,11 @@ try:
     raise SystemExit("no node has 3 CPU")
 except InputError as error:
     assert "no node of the cluster has 3 CPU, as bank asks for by itself" in str(error)
+assert cluster.idle_gpus(run) == 0
+nodes.add_node(num_cpus=2, num_gpus=1)
+two = config.parse({"name": "few", "data": {"train": "unread"}, "cluster": {"num_workers": 2}})
+told = config.parse({"name": "told", "data": {"train": "unread"}, "cluster": {"num_workers": 2, "use_gpu": False}})
+assert [cluster.idle_gpus(run), cluster.idle_gpus(two), cluster.idle_gpus(told)] == [0, 1, 0]
 ray.shutdown()
 nodes.shutdown()
 """

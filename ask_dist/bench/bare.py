@@ -73,7 +73,7 @@ def bare_loop(config: Config, window: int, alike: bool = False) -> BareRun:
 
 def _worker(rank: int, world_size: int, tree: dict[str, Any], folder: str, window: int, alike: bool) -> None:
     config = configuration.parse(tree)
-    on_gpu = torch.cuda.is_available() and config.cluster.use_gpu is not False
+    on_gpu = config.cluster.use_gpu is not False and torch.cuda.device_count() >= world_size  # as a run decides it
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))

@@ -60,6 +60,13 @@ def train(
     os.environ["ASK_DIST_COMMAND"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with cluster.session(dashboard=config.cluster.dashboard):
         cluster.check_resources(config)
+        if idle := cluster.idle_gpus(config):
+            console.print(
+                f"[yellow]warning:[/] {config.cluster.num_workers} workers compute on CPUs, since the cluster has no "
+                f"more than {idle} GPU; cluster.num_workers={idle} trains on GPUs",
+                highlight=False,
+                soft_wrap=True,
+            )
         actors = cluster.start_actors(config, steps_per_epoch(config, shards["train"]))
         try:
             fit(config, actors, shards["train"], console, found)
