@@ -17,8 +17,8 @@ from ask_dist.errors import InputError
 from ask_dist.models.pretrained import (
     description,
     first_line,
-    is_saved,
     load_network,
+    no_other_source,
     optional_module,
     package_folder,
     source_path,
@@ -124,8 +124,8 @@ def minilm_folder() -> Path:
 
 @register_text_encoder(NAME)
 def _minilm(config: Model, vocabulary: Vocabulary) -> TextEncoder:
-    saved = config.text.source is not None and is_saved(Path(config.text.source))
-    folder = Path(str(config.text.source)) if saved else minilm_folder()
+    no_other_source(config.text.source, "text", NAME)
+    folder = minilm_folder() if config.text.source is None else Path(config.text.source)
     return FolderTextEncoder(folder, config.text.max_tokens)
 
 

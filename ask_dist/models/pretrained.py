@@ -71,6 +71,15 @@ def source_path(source: str | None, setting: str) -> Path:
         ) from None
 
 
+def no_other_source(source: str | None, tower: str, name: str) -> None:
+    """InputError where a run asks an encoder that comes with a package for other weights than its own."""
+    if source is not None and not is_saved(Path(source)):
+        raise InputError(
+            f"model.{tower}.source={source}: {name} has the weights of its package; leave source out, or name an "
+            "encoder that reads folders (docs/encoders.md)"
+        )
+
+
 def load_network(folder: Path, kind: str, optional: str = "") -> Any:
     """A network of transformers in fp32, out of safetensors; with random weights where `is_saved(folder)`.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ask_dist.config import Model
 from ask_dist.errors import InputError
 from ask_dist.models.audio import AudioEncoder, register_audio_encoder
-from ask_dist.models.pretrained import optional_module, package_folder
+from ask_dist.models.pretrained import no_other_source, optional_module, package_folder
 from ask_dist.models.spectrum import power_spectrum
 
 NAME = "yamnet"
@@ -213,4 +213,5 @@ def _archive() -> Path:
 
 @register_audio_encoder(NAME)
 def _yamnet(config: Model, sample_rate: int) -> AudioEncoder:
+    no_other_source(config.audio.source, "audio", NAME)
     return YamnetEncoder()

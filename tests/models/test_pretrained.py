@@ -71,3 +71,11 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch, vocabulary, mis
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == missing else found(wanted))
     with pytest.raises(InputError, match=rf"the encoder '{name}' needs {missing}, .*ask-dist\[pretrained\]"):
         build_dual_encoder(SETTINGS, 16_000, vocabulary)
+
+
+@pytest.mark.parametrize(("tower", "name"), [("audio", "yamnet"), ("text", "minilm")])
+def test_an_encoder_that_comes_with_a_package_takes_no_other_weights(tmp_path, vocabulary, tower, name):
+    needs_pretrained()
+    settings = Model.model_validate({tower: {"name": name, "source": str(tmp_path)}})
+    with pytest.raises(InputError, match=rf"model\.{tower}\.source=.*{name} has the weights of its package"):
+        build_dual_encoder(settings, 16_000, vocabulary)
