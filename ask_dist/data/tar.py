@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
-MAGIC = slice(257, 262)
+# Fields of a header (POSIX ustar).
+NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
+TYPE, MAGIC, PREFIX_STARTS = slice(156, 157), slice(257, 262), 345
 EXTENDED = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -18,11 +20,14 @@ PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 
 class Member(NamedTuple):
-    """A plain file of a tar: its name, where its data begin, and how many bytes its header claims."""
+    """A member of a tar: its name, where its data begin, how many bytes its header claims, the header's type, and what
+    a link leads to."""
 
     name: str
     offset: int
     size: int
+    type: bytes = tarfile.REGTYPE
+    link: str = ""
 
 
 def members(stream: BinaryIO) -> Iterator[Member]:
@@ -30,13 +35,11 @@ def members(stream: BinaryIO) -> Iterator[Member]:
 
     Links, devices, folders and sparse files are passed over.
     """
-    for info in headers(stream):
-        if info.type in PLAIN:
-            yield Member(info.name, info.offset_data, info.size)
+    return (member for member in all_members(stream) if member.type in PLAIN)
 
 
-def headers(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The headers of an uncompressed tar, whatever they are of, each with `offset_data`.
+def all_members(stream: BinaryIO) -> Iterator[Member]:
+    """The members of an uncompressed tar, whatever they are.
 
     Extended headers are passed over: a name that needs one is longer than a key may be. What is no header (the zeros at
     the end, or damage) is passed over block by block, so that a damaged header costs its own member and not the rest of
@@ -51,12 +54,39 @@ def headers(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         if header[MAGIC] != b"ustar":
             continue
         try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            member = _usual(header, offset) or _unusual(header, offset)
         except tarfile.HeaderError:
             continue
-        if info.size < 0:  # base-256 numbers can be; never walk backwards
+        if member.size < 0:  # base-256 numbers can be; never walk backwards
             continue
-        if info.type not in EXTENDED:
-            info.name, info.offset_data = info.name.removeprefix(f".{os.sep}"), offset
-            yield info
-        offset += -(-info.size // BLOCK) * BLOCK
+        if member.type not in EXTENDED:
+            yield member
+        offset += -(-member.size // BLOCK) * BLOCK
+
+
+def _usual(header: bytes, offset: int) -> Member | None:
+    """What nearly every header of a shard is, a plain file without a folder's prefix; None for any other.
+
+    tarfile reads all 16 fields, which took a tenth of the time of decoding a clip of four seconds. What nobody asks for
+    (mode, owner, time) is not looked at here.
+    """
+    if header[TYPE] != tarfile.REGTYPE or header[PREFIX_STARTS]:
+        return None
+    try:
+        size, checksum = (int(header[field].rstrip(b"\0 "), 8) for field in (SIZE, CHECKSUM))
+        name = header[NAME].partition(b"\0")[0].decode()
+    except ValueError:
+        return None
+    if checksum != sum(header) - sum(header[CHECKSUM]) + 8 * ord(" "):
+        return None
+    return Member(_plain(name), offset, size)
+
+
+def _unusual(header: bytes, offset: int) -> Member:
+    """Any header that tarfile reads; raises tarfile.HeaderError where it is none."""
+    info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    return Member(_plain(info.name), offset, info.size, info.type, info.linkname)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(f".{os.sep}")

@@ -12,7 +12,7 @@ from typing import Any
 from ask_dist.data.audio import BadSample
 from ask_dist.data.samples import LARGEST, describe
 from ask_dist.data.shards import KEY
-from ask_dist.data.tar import PLAIN, headers
+from ask_dist.data.tar import PLAIN, Member, all_members
 
 MEMBER = re.compile(rf"{KEY.pattern}\.({'|'.join(LARGEST)})", re.IGNORECASE)
 
@@ -39,7 +39,7 @@ def clips_of(path: Path, note: Callable[[str, str], None]) -> Iterator[TarClip]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            for member in headers(stream):
+            for member in all_members(stream):
                 problem = _problem_of(member, size)
                 if problem:
                     note(member.name, problem)
@@ -54,7 +54,7 @@ def clips_of(path: Path, note: Callable[[str, str], None]) -> Iterator[TarClip]:
                     seen.add(name)
                 elif extension in members:
                     note(name, f"has two .{extension} members")
-                stream.seek(member.offset_data)
+                stream.seek(member.offset)
                 members[extension] = stream.read(member.size)
         yield from _whole(key, members, note)
     except OSError as error:
@@ -62,18 +62,18 @@ def clips_of(path: Path, note: Callable[[str, str], None]) -> Iterator[TarClip]:
         note("", f"can't be read further than {key or 'its start'}: {error.strerror}")
 
 
-def _problem_of(member: tarfile.TarInfo, size: int) -> str | None:
+def _problem_of(member: Member, size: int) -> str | None:
     """What is wrong with a member of a tar of `size` bytes, in words, or None."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "leads out of the folder"
-    if member.issym() or member.islnk():
-        return f"is a link to {member.linkname}"
+    if member.type in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+        return f"is a link to {member.link}"
     if member.type not in PLAIN:
         return "is not a plain file"
     named = MEMBER.fullmatch(member.name)
     if named is None:
         return "is no member of a clip"
-    if member.offset_data + member.size > size:
+    if member.offset + member.size > size:
         return "is cut short"
     limit = LARGEST[named[1].lower()]
     if member.size > limit:
