@@ -133,7 +133,7 @@ class Model(Section):
     dropout: Share = 0.1
     audio: AudioModel = AudioModel()
     text: TextModel = TextModel()
-    logit_scale_init: Positive = 14.3
+    logit_scale_init: Positive | None = Field(None, description="null: that of a whole CLAP, else 14.3")
     logit_scale_max: Positive = 100.0
     logit_bias_init: float | None = Field(None, description="of a learned bias, for the sigmoid loss; null: none")
     source: Path | None = Field(None, alias="from", description="finished run whose weights and tokenizer it takes")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
@@ -47,6 +48,7 @@ class ClapAudioEncoder(FixedStatistics, AudioEncoder):
         self.fused: bool = self.network.config.enable_fusion
         self.sample_rate: int = self.extractor.sampling_rate
         self.output_dim: int = self.network.config.projection_dim
+        self.logit_scale = _logit_scale(folder)
         self._mel = _mel_spectrum(self.extractor)
 
     def assets(self) -> dict[str, bytes]:
@@ -78,6 +80,7 @@ class ClapTextEncoder(FolderTextEncoder):
     def __init__(self, folder: Path, max_tokens: int) -> None:
         super().__init__(folder, max_tokens, kind="ClapTextModelWithProjection")
         self.output_dim = self.network.config.projection_dim
+        self.logit_scale = _logit_scale(folder)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [batch, tokens] of `tokenize` -> [batch, output_dim]."""
@@ -98,6 +101,15 @@ def load_extractor(folder: Path, kind: str) -> Any:
         return extractor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises types of many libraries
         raise InputError(f"{folder}/preprocessor_config.json can't be used: {str(error).splitlines()[0]}") from None
+
+
+def _logit_scale(folder: Path) -> float | None:
+    """That of a whole `ClapModel` in one file; None where only a tower lies there, or parts."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        return float(file.get_tensor("logit_scale_a").exp()) if "logit_scale_a" in file.keys() else None  # noqa: SIM118
 
 
 def _mel_spectrum(extractor: Any) -> MelSpectrum:

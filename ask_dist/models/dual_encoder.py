@@ -13,6 +13,8 @@ from ask_dist.errors import InputError
 from ask_dist.models.audio import AudioEncoder, build_audio_encoder
 from ask_dist.models.text import TextEncoder, Vocabulary, build_text_encoder
 
+LOGIT_SCALE = 14.3  # a temperature of 0.07 (Radford et al. 2021, section 2.5)
+
 
 class Features(NamedTuple):
     """What a forward pass gives.
@@ -46,7 +48,7 @@ class DualEncoder(nn.Module):
         self.audio_projection = _projection(audio.output_dim, config)
         self.text_projection = _projection(text.output_dim, config)
         # One element, not a scalar: DeepSpeed broadcasts parameters as views of bytes.
-        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(_first_scale(audio, text, config))]))
         self.logit_scale_max = config.logit_scale_max
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
@@ -85,6 +87,14 @@ class DualEncoder(nn.Module):
 def build_dual_encoder(config: Model, sample_rate: int, vocabulary: Vocabulary) -> DualEncoder:
     """The pair of encoders that the configuration names."""
     return DualEncoder(build_audio_encoder(config, sample_rate), build_text_encoder(config, vocabulary), config)
+
+
+def _first_scale(audio: AudioEncoder, text: TextEncoder, config: Model) -> float:
+    """As configured, else that of the one model that both towers are of."""
+    if config.logit_scale_init is not None:
+        return config.logit_scale_init
+    whole = config.projection == "none" and audio.logit_scale == text.logit_scale
+    return audio.logit_scale if whole and audio.logit_scale is not None else LOGIT_SCALE
 
 
 def _projection(inputs: int, config: Model) -> nn.Module:

@@ -21,11 +21,13 @@ class Encoder(nn.Module):
     Attributes:
         output_dim: width of the vectors that it gives.
         before_blocks: names of layers that come before the blocks, though they are registered after them.
+        logit_scale: that of the contrast which it was trained in, where its folder says so; exponentiated.
         held: frozen for now; `thaws_at`: until this share of the run.
     """
 
     output_dim: int
     before_blocks: tuple[str, ...] = ()
+    logit_scale: float | None = None
     held: bool = False
     thaws_at: float = 0.0
 

@@ -11,8 +11,8 @@ from ask_dist.models.encoder import Encoder
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """The trained parameters as groups for AdamW: matrices with weight decay; norms, biases, logit_scale and
-    logit_bias without.
+    """The trained parameters as groups for AdamW: matrices with weight decay; norms, biases (those of relative
+    positions too), logit_scale and logit_bias without.
 
     Args:
         model: its encoders are looked for among its modules.
@@ -32,9 +32,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         if encoder.thaws_at > 0.0:
             towers |= dict.fromkeys(encoder.parameters(), name)
     groups: dict[tuple[float, float, str], list[nn.Parameter]] = defaultdict(list)
+    # Tables of biases by relative position, which are matrices, too.
+    biases = {parameter for name, parameter in model.named_parameters() if "bias" in name}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            decay = weight_decay if parameter.ndim >= 2 and parameter not in biases else 0.0
             groups[scales.get(parameter, 1.0), decay, towers.get(parameter, "")].append(parameter)
     return [
         {"params": groups[key], "scale": key[0], "weight_decay": key[1], "tower": key[2] or None}

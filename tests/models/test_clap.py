@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 from ask_dist.config import AudioModel, Model, TextModel
 from ask_dist.errors import InputError
 from ask_dist.models.clap import ClapAudioEncoder
-from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
+from ask_dist.models.dual_encoder import LOGIT_SCALE, DualEncoder, build_dual_encoder
+from ask_dist.train.parameters import parameter_groups
 from tests.models.conftest import needs_pretrained
 from tests.models.towers import save_clap
 
@@ -151,3 +154,28 @@ def test_a_folder_of_another_network_is_refused_rather_than_drawn_at_random(tmp_
 
 def test_silence_gives_finite_embeddings(model):
     assert np.isfinite(model.encode_audio(torch.zeros(2, 2 * RATE)).detach().numpy()).all()
+
+
+def test_the_contrast_goes_on_with_the_scale_of_a_whole_model(folder, tmp_path, vocabulary):
+    from transformers import ClapModel
+
+    theirs = ClapModel.from_pretrained(folder)
+    torch.nn.init.constant_(theirs.logit_scale_a, 3.0)
+    shutil.copytree(folder, tmp_path / "clap")
+    theirs.save_pretrained(tmp_path / "clap")
+    own = math.exp(3.0)
+    for settings, wanted in [({}, own), ({"projection": "mlp"}, LOGIT_SCALE), ({"logit_scale_init": 5.0}, 5.0)]:
+        model = build_dual_encoder(both(tmp_path / "clap", **settings), RATE, vocabulary)
+        assert float(model.logit_scale.detach()) == pytest.approx(wanted, rel=1e-5)
+    other = both(tmp_path / "clap").model_copy(update={"text": clap_text(folder)})
+    assert float(build_dual_encoder(other, RATE, vocabulary).logit_scale.detach()) == pytest.approx(LOGIT_SCALE)
+
+
+def test_biases_by_relative_position_have_no_weight_decay(model):
+    tables = [weights for name, weights in model.named_parameters() if "relative_position_bias_table" in name]
+    assert tables
+    assert all(table.ndim == 2 for table in tables)
+    free = {
+        weights for group in parameter_groups(model, 0.1) if not group["weight_decay"] for weights in group["params"]
+    }
+    assert free.issuperset(tables)
