@@ -40,6 +40,7 @@ class Manifest:
 
     Attributes:
         global_step, samples_seen: how far the run was; the loader's position follows from global_step alone.
+        skipped_steps: of them, those without an update.
         lineage: digest of what must not change between a run and its continuation, see `lineage`.
         sha256: digest of each file, by name.
         snapshots: digest of each bank's snapshot, by the name of its folder.
@@ -51,6 +52,7 @@ class Manifest:
     sha256: dict[str, str]
     snapshots: dict[str, str] = field(default_factory=dict)  # format 1 has none
     format: int = FORMAT
+    skipped_steps: int = 0
 
 
 def lineage(config: Config, data_fingerprint: str) -> str:
@@ -81,6 +83,7 @@ def write(
     banks: Mapping[str, SaveBank],
     global_step: int,
     samples_seen: int,
+    skipped_steps: int,
     lineage: str,
 ) -> Path:
     """Writes a checkpoint into a run's folder and removes those that are no longer needed.
@@ -113,6 +116,7 @@ def write(
                 banks=banks,
                 global_step=global_step,
                 samples_seen=samples_seen,
+                skipped_steps=skipped_steps,
                 lineage=lineage,
             )
             if folder.exists():  # of a step that is taken again, because this one was damaged
@@ -135,6 +139,7 @@ def save(
     banks: Mapping[str, SaveBank],
     global_step: int,
     samples_seen: int,
+    skipped_steps: int,
     lineage: str,
 ) -> None:
     """Fills an empty folder with a checkpoint; the manifest comes last, so a folder without one is no checkpoint.
@@ -151,7 +156,7 @@ def save(
         save_numpy(whole, folder / f"{name}.safetensors")
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     snapshots = {name: save_bank(folder / name) for name, save_bank in banks.items()}
-    manifest = Manifest(global_step, samples_seen, lineage, digests, snapshots)
+    manifest = Manifest(global_step, samples_seen, lineage, digests, snapshots, skipped_steps=skipped_steps)
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 

@@ -235,6 +235,7 @@ def save_checkpoint(state: TrainState) -> None:
         banks={name: partial(save_bank, primary) for name, primary in state.actors.primaries.items()},
         global_step=state.engine.global_step,
         samples_seen=state.samples_seen,
+        skipped_steps=state.skipped_steps,
         lineage=state.lineage,
     )
     report(state, ray.train.Checkpoint.from_directory(folder))
@@ -274,6 +275,6 @@ def load_checkpoint(state: TrainState, folder: Path) -> None:
     except checkpoint.DamagedCheckpoint as error:
         raise InputError(f"{error}; --resume goes on from the one before it") from None
     state.engine.load_state(checkpoint.load_engine(folder))
-    state.samples_seen = manifest.samples_seen
+    state.samples_seen, state.skipped_steps = manifest.samples_seen, manifest.skipped_steps
     if state.rank == 0:
         load_actors(state.actors, folder)

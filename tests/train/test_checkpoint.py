@@ -24,7 +24,13 @@ from ask_dist.train import checkpoint
 LINEAGE = "0123456789abcdef"
 ENGINE = {"model.weight": torch.arange(6.0).reshape(2, 3), "global_step": torch.tensor(7)}
 REFINER = {"ids": np.array([2**63 - 1, -5]), "audio": np.eye(2, dtype=np.float16).T, "generation": np.array(3)}
-CONTENT = {"engine": ENGINE, "arrays": {"refiner": REFINER}, "samples_seen": 448, "lineage": LINEAGE}
+CONTENT = {
+    "engine": ENGINE,
+    "arrays": {"refiner": REFINER},
+    "samples_seen": 448,
+    "skipped_steps": 3,
+    "lineage": LINEAGE,
+}
 
 
 def save_bank(folder: Path) -> str:
@@ -52,6 +58,7 @@ def digest(path: Path) -> str:
 def test_what_was_saved_comes_back(saved):
     manifest = checkpoint.load_manifest(saved, LINEAGE)
     assert (manifest.global_step, manifest.samples_seen, manifest.lineage) == (7, 448, LINEAGE)
+    assert manifest.skipped_steps == 3
     engine, refiner = checkpoint.load_engine(saved), checkpoint.load_arrays(saved, "refiner")
     assert set(engine) == set(ENGINE)
     for name, tensor in ENGINE.items():

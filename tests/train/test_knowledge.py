@@ -79,7 +79,9 @@ def test_a_checkpoint_goes_on_in_any_number_of_shards(started, tmp_path):
         folder = tmp_path / f"checkpoint-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         banks = {name: partial(save_bank, primary) for name, primary in actors.primaries.items()}
-        checkpoint.save(folder, engine={}, arrays={}, banks=banks, global_step=3, samples_seen=9, lineage="same")
+        checkpoint.save(
+            folder, engine={}, arrays={}, banks=banks, global_step=3, samples_seen=9, skipped_steps=0, lineage="same"
+        )
         link, actors = started(shards=shards)
         load_actors(actors, folder)
         assert answer(link, ids[:9]) == expected
