@@ -44,7 +44,7 @@ def check(config: Config, console: Console) -> None:
     config = config.anchored()
     shards = check_data(config)
     _check_writable(config.run_dir)
-    _check_machine(config)
+    gpu = _check_machine(config)
     console.print(_data_table(config, shards))
     chosen = _look_into(shards["train"], console)
     _audit(shards, chosen, console)
@@ -52,7 +52,7 @@ def check(config: Config, console: Console) -> None:
         console.print("data.fingerprints: sounds are decoded and compared in the run, not here", highlight=False)
     if config.data.cache_embeddings and config.model.audio.freeze:
         refuse_long_clips(config, shards["train"], chosen)
-    console.print(_resource_table(config))
+    console.print(_resource_table(config, gpu))
     loss, seconds, parameters = synthetic_step(config, shards["train"])
     console.print(
         f"one synthetic step of {config.optimization.micro_batch_size} pairs on the CPU: loss {loss:.3f}, "
@@ -146,19 +146,23 @@ def _check_writable(run_dir: Path) -> None:
         raise InputError(f"{folder} is no folder that can be written; set output_dir=")
 
 
-def _check_machine(config: Config) -> None:
-    """Resources against this machine, where no cluster is named."""
+def _check_machine(config: Config) -> bool:
+    """Resources against the cluster, or against this machine where none is named; whether workers get a GPU each."""
     if "RAY_ADDRESS" in os.environ:
         with cluster.session(dashboard=config.cluster.dashboard):
             cluster.check_resources(config)
-        return
-    cores = os.cpu_count() or 1
-    asked = cluster.resources(config, gpu=bool(config.cluster.use_gpu))["in all"]
-    if asked["CPU"] > cores:
-        raise InputError(
-            f"the run asks for {asked['CPU']:g} CPU, this machine has {cores}; lower cluster.num_workers or "
-            "cpus_per_worker, or set RAY_ADDRESS to a cluster"
-        )
+            return cluster.use_gpu(config)
+    present = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    told = config.cluster.use_gpu
+    gpu = present["GPU"] >= config.cluster.num_workers if told is None else told
+    asked = cluster.resources(config, gpu)["in all"]
+    for name, amount in present.items():
+        if asked[name] > amount:
+            raise InputError(
+                f"the run asks for {asked[name]:g} {name}, this machine has {amount}; lower cluster.num_workers, "
+                "cpus_per_worker or the actors' shares, or set RAY_ADDRESS to a cluster"
+            )
+    return gpu
 
 
 def _data_table(config: Config, shards: dict[str, ShardList]) -> Table:
@@ -174,9 +178,9 @@ def _data_table(config: Config, shards: dict[str, ShardList]) -> Table:
     return table
 
 
-def _resource_table(config: Config) -> Table:
+def _resource_table(config: Config, gpu: bool) -> Table:
     table = Table("part", "CPU", "GPU", title="resources", title_justify="left")
-    for part, needs in cluster.resources(config, gpu=bool(config.cluster.use_gpu)).items():
+    for part, needs in cluster.resources(config, gpu).items():
         table.add_row(part, f"{needs['CPU']:g}", f"{needs['GPU']:g}")
     table.caption = "0 shares the workers' cores"
     return table
