@@ -69,7 +69,7 @@ class FolderTextEncoder(TextEncoder):
         self.network = load_network(folder, kind, optional="pooler.")
         if kind == "AutoModel" and getattr(self.network, "pooler", None) is not None:
             self.network.pooler.requires_grad_(False)  # nothing asks for what it makes
-        self.output_dim: int = self.network.config.hidden_size
+        self.output_dim: int = _width(folder, self.network.config)
         self._check(folder, tokenizer, max_tokens)
         self.padding = tokenizer.pad_token_id
         self.max_tokens = max_tokens
@@ -115,6 +115,14 @@ class FolderTextEncoder(TextEncoder):
             longest = min(longest, positions - tokenizer.pad_token_id - 1)
         if max_tokens > longest:
             raise InputError(f"model.text.max_tokens={max_tokens} is more than {folder} takes; use {longest}")
+
+
+def _width(folder: Path, config: Any) -> int:
+    """Of a network that reads captions and does nothing else."""
+    width = getattr(config, "hidden_size", None)
+    if width is None or getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{folder} holds {config.model_type}, which is no text encoder of BERT's kind; choose another")
+    return width
 
 
 def minilm_folder() -> Path:

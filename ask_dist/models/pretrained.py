@@ -61,7 +61,7 @@ def source_path(source: str | None, setting: str) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(HUB_ID, source):
-        raise InputError(f"{setting}.source={source}: there is no such folder or file")
+        raise InputError(f"{setting}.source={source}: there is no such folder or file; a hub's id is OWNER/NAME")
     hub = optional_module("huggingface_hub", source)
     try:
         return Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -69,6 +69,6 @@ class MelSpectrum:
             return power_spectrum(audio, window, self.hop, self.fft, self.prepare).transpose(1, 2) @ filters
 
 
-@cache
+@lru_cache(maxsize=8)
 def _on(spectrum: MelSpectrum, device: torch.device) -> tuple[Tensor, Tensor]:
     return spectrum.window.to(device), spectrum.filters.to(device)

@@ -17,6 +17,7 @@ from ask_dist.models.minilm import FolderTextEncoder, minilm_folder
 from ask_dist.models.text import Vocabulary
 from tests.models.conftest import CAPTIONS, needs_pretrained
 from tests.models.test_saved import Malice
+from tests.models.towers import save_tokenizer
 
 
 def reference(folder: Path, captions: list[str]) -> Tensor:
@@ -130,3 +131,18 @@ def test_a_folder_of_something_else_is_refused_in_one_line(padded_by_one):
     with pytest.raises(InputError, match="is no AutoModel for transformers") as error:
         FolderTextEncoder(padded_by_one, max_tokens=32)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["T5", "CLIP"])
+def test_networks_that_do_more_than_read_captions_are_refused(tmp_path, kind):
+    needs_pretrained()
+    import transformers
+
+    size = save_tokenizer(tmp_path)
+    t5 = {"vocab_size": size, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    side = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = {"text_config": side | {"vocab_size": size}, "vision_config": side | {"image_size": 8, "patch_size": 4}}
+    config = transformers.T5Config(**t5) if kind == "T5" else transformers.CLIPConfig(**clip, projection_dim=8)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"holds {kind.lower()}, which is no text encoder of BERT's kind"):
+        FolderTextEncoder(tmp_path, max_tokens=8)
