@@ -12,7 +12,8 @@ class GradCache:
     """GradCache (Gao et al. 2021): the gradient of one large batch, with the memory of a small one.
 
     The caller takes a loss of `features`, calls its `backward`, which leaves their gradients with them, and then this
-    object's. Exact with dropout too: each chunk is embedded twice from the same seed. Costs one more forward pass.
+    object's. Exact with dropout too: a chunk that is embedded twice is so from the same seed. Costs one more forward
+    pass through all chunks but the last, whose activations are kept meanwhile.
 
     Args:
         encode: a chunk of each input -> tensors with one row an input row, and scalars that no input changes.
@@ -30,8 +31,9 @@ class GradCache:
         self._encode, self._seed, self._micro_batch_size = encode, seed, micro_batch_size
         self._chunks = list(zip(*(values.split(micro_batch_size) for values in inputs), strict=True))
         with torch.no_grad():
-            parts = [self._embed(number) for number in range(len(self._chunks))]
-        columns = zip(*parts, strict=True)
+            parts = [self._embed(number) for number in range(len(self._chunks) - 1)]
+        self._kept = self._embed(len(self._chunks) - 1)
+        columns = zip(*parts, self._kept, strict=True)
         self.features = tuple(
             (torch.cat(column) if column[0].ndim else column[0].clone()).detach().requires_grad_() for column in columns
         )
@@ -42,13 +44,19 @@ class GradCache:
         Args:
             backward: gets a scalar for each chunk, whose gradients add up to the loss's, and whether it is the last.
         """
-        for number in range(len(self._chunks)):
-            pieces = [
-                (part * self._gradient(whole, number)).sum()
-                for part, whole in zip(self._embed(number), self.features, strict=True)
-                if part.requires_grad and whole.grad is not None
-            ]
-            backward(torch.stack(pieces).sum(), number == len(self._chunks) - 1)
+        last = len(self._chunks) - 1
+        backward(self._loss(last, self._kept), last == 0)
+        for number in range(last):
+            backward(self._loss(number, self._embed(number)), number == last - 1)
+
+    def _loss(self, number: int, parts: tuple[Tensor, ...]) -> Tensor:
+        """A scalar with a chunk's part of the gradient."""
+        pieces = [
+            (part * self._gradient(whole, number)).sum()
+            for part, whole in zip(parts, self.features, strict=True)
+            if part.requires_grad and whole.grad is not None
+        ]
+        return torch.stack(pieces).sum()
 
     def _embed(self, number: int) -> tuple[Tensor, ...]:
         torch.manual_seed(self._seed + number)
