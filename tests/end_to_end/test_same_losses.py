@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ask_dist.config import Reliability
 from tests.end_to_end.command import ask_dist
 from tests.end_to_end.conftest import configuration
 
@@ -59,9 +60,10 @@ def test_a_run_in_chunks_has_the_losses_of_one_at_once(config_file: Path, plain:
     found, last = losses(run), rows(run)[-1]
     assert last["train/samples_seen"] == 10 * 160
     assert last["train/knowledge_used"] == 1.0
-    assert found[:25] == pytest.approx(plain[:25], abs=1e-4)
-    # Later a neighbour, one of two that are about as near, may be another.
-    assert found == pytest.approx(plain, abs=1e-2)
+    unweighted = round(Reliability().start * len(plain))
+    assert found[:unweighted] == pytest.approx(plain[:unweighted], abs=1e-4)
+    # Then r counts wrong pairs that agree less than a right one: of two that agree about as much, either may be ahead.
+    assert found == pytest.approx(plain, abs=3e-2)
 
 
 def test_a_run_on_cached_vectors_has_the_losses_of_one_without(config_file: Path, plain: list[float]) -> None:

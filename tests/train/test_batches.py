@@ -189,7 +189,7 @@ def test_clips_of_their_own_lengths_train_as_if_each_were_alone(ranks, reference
     alone = plain("info_nce", own=True)
     assert abs(alone["losses"][0] - reference["losses"][0]) > 1e-3
     for rank in ranks:
-        assert_equal(rank[f"own {chunked}"], alone)
+        assert_equal(rank[f"own {chunked}"], alone, rtol=1e-5)  # of gradients near 1, after steps that add up rounding
 
 
 @pytest.mark.multiprocess
