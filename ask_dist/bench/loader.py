@@ -26,7 +26,7 @@ from ask_dist.processor import use_cpu
 BATCH = 32
 
 
-def loader_vs_webdataset(shards_folder: Path, rounds: int = 5) -> dict[str, float]:
+def loader_vs_webdataset(shards_folder: Path, rounds: int = 15) -> dict[str, float]:
     """Against plain WebDataset, which reads the tars in order and decodes JSON and FLAC, no more.
 
     Returns:
@@ -36,7 +36,7 @@ def loader_vs_webdataset(shards_folder: Path, rounds: int = 5) -> dict[str, floa
     return _side_by_side("webdataset", lambda: _read_with_webdataset(shards), shards, rounds)
 
 
-def loader_vs_open_clip(shards_folder: Path, rounds: int = 5) -> dict[str, float] | dict[str, str]:
+def loader_vs_open_clip(shards_folder: Path, rounds: int = 15) -> dict[str, float] | dict[str, str]:
     """Against the pipeline that open_clip trains audio models with: it shuffles, decodes, crops or fills, and stacks.
 
     Its captions are not tokenized, as ours are not. It decodes with the library that we decode with: its own way needs

@@ -1,4 +1,7 @@
-"""`python -m ask_dist.bench.train`: runs by encoder, ZeRO stage, precision and chunk, into runs/bench/train.json."""
+"""`python -m ask_dist.bench.train`: runs by encoder, ZeRO stage, precision and chunk, into runs/bench/train.json.
+
+python -m ask_dist.bench.train --only chunks_of_4 --output chunks.json    # one case and its loops
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from ask_dist.bench.bare import bare_loop, peak_gib
@@ -57,6 +61,7 @@ COMPARISONS = {
         },
     ),
     "conv + transformer, bf16": Comparison(SCENES, {"bf16": {}}, {"optimization.precision": "bf16"}),
+    "conv + transformer, fp16": Comparison(SCENES, {"fp16": {}}, {"optimization.precision": "fp16"}),
     "yamnet + minilm, learning": Comparison(RECORDINGS, {"learning": {}}, LEARNING, steps=50),
     "yamnet + minilm, frozen": Comparison(
         RECORDINGS,
@@ -65,6 +70,9 @@ COMPARISONS = {
         steps=50,
     ),
 }
+
+
+CASES = [name for comparison in COMPARISONS.values() for name in comparison.cases]
 
 
 def compare(comparison: Comparison, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
@@ -139,14 +147,22 @@ def _shares(rows: list[dict[str, float]], batch: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(CASES)}; may be given again")] = None,
+    output: Annotated[Path, typer.Option(help="JSON file, of this call's cases alone")] = OUTPUT,
+) -> None:
     """Measures one comparison after the other and writes what it found after each."""
     console = Console()
+    if unknown := set(only or ()) - set(CASES):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: no such case; there are {', '.join(CASES)}")
     measured: dict[str, Any] = {"machine": machine()}
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     for title, comparison in COMPARISONS.items():
-        measured[title] = compare(comparison)
-        write_atomically(OUTPUT, json.dumps(measured, indent=1).encode())
+        cases = {name: case for name, case in comparison.cases.items() if not only or name in only}
+        if not cases:
+            continue
+        measured[title] = compare(replace(comparison, cases=cases))
+        write_atomically(output, json.dumps(measured, indent=1).encode())
         for name, values in measured[title].items():
             ratio = ""
             if "ratio" in values:
@@ -158,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
