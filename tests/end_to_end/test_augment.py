@@ -1,4 +1,4 @@
-"""A run on augmented clips."""
+"""A run on augmented clips, in bf16 with its optimizer on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 def test_a_run_on_augmented_clips_learns_and_mixed_rows_stay_out_of_the_bank(config_file: Path, tmp_path: Path) -> None:
     augment = ("augment.time_mask=0.2", "augment.frequency_mask=0.2", "augment.mix_share=0.5")
-    done = ask_dist("train", config_file, *augment)
+    engine = ("optimization.precision=bf16", "optimization.zero_stage=2", "optimization.offload=optimizer")
+    done = ask_dist("train", config_file, *augment, *engine)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "tones"
     report = json.loads((run / "report.json").read_text())
