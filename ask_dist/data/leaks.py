@@ -1,6 +1,7 @@
-"""Keeping what is held out for testing away from training and from banks: by key, by sound, and captions alone.
+"""Keeping what is held out for testing away from training and from banks: by key, sound, recording; captions alone.
 
-Sounds are the same if their samples or bytes are; with fingerprints also if they sound the same.
+Sounds are the same if their samples or bytes are; with fingerprints also if they sound the same. The recording that a
+clip was cut from is what its JSON says, so that another cut of it is known too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,7 @@ class HeldOut:
     Attributes:
         keys: their keys, each with the name of its split.
         sounds: `sound_digest` of each, with split and key.
+        recordings: `recording_of` each that names one, with split and key.
         captions: `words` of each of their captions, with split and key.
         fingerprints: of each that has one, by split and key; None: likeness is not looked for.
         unread: what can't be read, and so is held out from nothing, or by its key alone: a record a clip or shard.
@@ -41,6 +44,7 @@ class HeldOut:
 
     keys: Mapping[str, str] = field(default_factory=dict)
     sounds: Mapping[bytes, str] = field(default_factory=dict)
+    recordings: Mapping[str, str] = field(default_factory=dict)
     captions: Mapping[str, str] = field(default_factory=dict)
     fingerprints: Fingerprints | None = None
     unread: tuple[Record, ...] = ()
@@ -61,6 +65,7 @@ class HeldOut:
         """
         keys: dict[str, str] = {}
         sounds: dict[bytes, str] = {}
+        recordings: dict[str, str] = {}
         captions: dict[str, str] = {}
         prints: list[tuple[str, Fingerprint]] = []
         unread: list[Record] = []
@@ -79,15 +84,17 @@ class HeldOut:
                     if raw.has_sound:
                         sounds[sound_digest(raw.sound)] = name
                     with suppress(BadSample, KeyError):
-                        told = describe(raw.members["json"])["captions"]
-                        captions |= {words(caption): name for caption in told}
+                        told = describe(raw.members["json"])
+                        captions |= {words(caption): name for caption in told["captions"]}
+                        recordings |= {recording_of(told): name}
                     if fingerprints:
                         with suppress(BadSample):
                             prints.append((name, fingerprint(*decode(raw.sound, max_clip_seconds))))
             unread += [_unread(split, *clip, clips) for clip, clips in lost.items()]
             warnings += [_warning(split, shards.clips, lost)] if lost else []
         found = Fingerprints(prints) if fingerprints else None
-        return cls(keys, sounds, captions, found, tuple(unread), tuple(warnings))
+        recordings.pop("", None)
+        return cls(keys, sounds, recordings, captions, found, tuple(unread), tuple(warnings))
 
     @property
     def digest(self) -> str:
@@ -96,13 +103,19 @@ class HeldOut:
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
     def refuse(self, raw: Raw) -> None:
-        """Raises BadSample for a clip that has the key or the sound of one that is held out."""
+        """Raises BadSample for a clip that has the key, the sound or the recording of one that is held out."""
         if raw.key in self.keys:
             raise BadSample(f"{LEAK}: its key is in {self.keys[raw.key]}")
         if self.sounds and raw.has_sound:
             found = self.sounds.get(sound_digest(raw.sound))
             if found is not None:
                 raise BadSample(f"{LEAK}: the same sound is in {found}")
+        if self.recordings:
+            recording = ""
+            with suppress(BadSample, KeyError):  # such a clip is refused when it is opened
+                recording = recording_of(describe(raw.members["json"]))
+            if recording in self.recordings:
+                raise BadSample(f"{LEAK}: its recording, {recording}, is in {self.recordings[recording]}")
 
     def refuse_likeness(self, raw: Raw, audio: np.ndarray, rate: int) -> None:
         """Raises BadSample for a clip that sounds like one that is held out, where fingerprints are compared.
@@ -136,8 +149,8 @@ class HeldOut:
 def audit(shards: ShardList, held_out: HeldOut, chosen: Iterable[int] | None = None) -> list[Record]:
     """What training would meet of repeated keys and of clips that are held out, by the heads of the members.
 
-    Sounds other than FLAC are compared by key alone, fingerprints not at all. Shards that can't be read are left to
-    the loader.
+    Sounds other than FLAC are compared by key and recording alone, fingerprints not at all. Shards that can't be read
+    are left to the loader.
 
     Args:
         shards: the training split.
@@ -152,10 +165,9 @@ def audit(shards: ShardList, held_out: HeldOut, chosen: Iterable[int] | None = N
             for key, heads in read_heads(path, STREAM_MD5.stop):
                 reasons = ["the key is that of an earlier clip"] if stable_id(key) in met else []
                 met.add(stable_id(key))
+                compared = {name: head for name, head in heads.items() if name in ("flac", "json")}
                 try:
-                    held_out.refuse(
-                        Raw(labels[shard], key, {name: head for name, head in heads.items() if name == "flac"})
-                    )
+                    held_out.refuse(Raw(labels[shard], key, compared))
                 except BadSample as error:
                     reasons.append(str(error))
                 records += [{"shard": labels[shard], "key": key, "reason": reason} for reason in reasons]
@@ -178,6 +190,12 @@ def _warning(split: str, clips: int, lost: Counter[tuple[str, str, str]]) -> str
 def words(caption: str) -> str:
     """A caption's words: captions that differ in case, punctuation or spaces alone have the same."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", caption).casefold())) or caption
+
+
+def recording_of(description: Mapping[str, Any]) -> str:
+    """What a clip was cut from, by a clip's JSON: `youtube:ID` or the like, "" where it names none."""
+    recording = description.get("recording")
+    return recording if isinstance(recording, str) else ""
 
 
 def sound_digest(data: bytes) -> bytes:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ask_dist.data.audio import BadSample, fit_length, in_samples, own_length
 from ask_dist.data.lanes import Cut, LaneReader, Part, Tokenize
-from ask_dist.data.leaks import HeldOut, sound_digest
+from ask_dist.data.leaks import HeldOut, recording_of, sound_digest
 from ask_dist.data.order import Order, lanes_of
 from ask_dist.data.prefetch import prefetched
 from ask_dist.data.quarantine import BadSamples, Record
@@ -74,6 +74,7 @@ class EvalBatch:
         classes: n lists, which may be empty.
         shards: n names of tar files.
         sounds: n of `leaks.sound_digest`.
+        recordings: n of `leaks.recording_of`.
         lengths: int64 [n], as in `Batch`.
     """
 
@@ -84,6 +85,7 @@ class EvalBatch:
     classes: list[list[str]]
     shards: list[str]
     sounds: list[bytes]
+    recordings: list[str]
     lengths: torch.Tensor | None = None
 
 
@@ -332,6 +334,7 @@ class EvalLoader:
                 classes=[description.get("classes", []) for description in descriptions],
                 shards=[raw.shard for raw in raws],
                 sounds=[sound_digest(raw.sound) for raw in raws],
+                recordings=list(map(recording_of, descriptions)),
                 lengths=torch.tensor(lengths) if self._step else None,
             )
 

@@ -98,7 +98,8 @@ def find_clip(path: Path, key: str) -> Raw | None:
 
 
 def read_heads(path: Path, size: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys of a tar's clips, and the first `size` bytes of their members by extension; far less than all of the file.
+    """Keys of a tar's clips, all of their JSON and the first `size` bytes of their sounds, by extension: little of the
+    file.
 
     Raises:
         OSError: the file can't be read.
@@ -108,7 +109,7 @@ def read_heads(path: Path, size: int) -> Iterator[tuple[str, dict[str, bytes]]]:
             heads = {}
             for extension, member in found:
                 stream.seek(member.offset)
-                heads[extension] = stream.read(min(size, member.size))
+                heads[extension] = stream.read(min(LARGEST["json"] if extension == "json" else size, member.size))
             yield key, heads
 
 

@@ -33,7 +33,7 @@ class Encoded:
     Attributes:
         audio_features: float32 [clips, dim]; text_features: float32 [texts, dim], unit rows on the CPU.
         owner: int64 [texts], the clip of each text.
-        keys, captions, classes, shards, sounds (of `leaks.sound_digest`): by clip.
+        keys, captions, classes, shards, sounds and recordings (as in `loader.EvalBatch`): by clip.
         bad: records of the samples that were skipped.
     """
 
@@ -45,6 +45,7 @@ class Encoded:
     classes: list[list[str]]
     shards: list[str]
     sounds: list[bytes]
+    recordings: list[str]
     bad: list[dict[str, str]]
 
 
@@ -85,7 +86,7 @@ def encode(
     )
     dim = config.model.embedding_dim
     audio, text, counts = [torch.zeros(0, dim)], [torch.zeros(0, dim)], [0]
-    encoded = Encoded(torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [], [], [])
+    encoded = Encoded(torch.zeros(0), torch.zeros(0), torch.zeros(0), [], [], [], [], [], [], [])
     for batch in loader.batches():
         audio.append(model.encode_audio(batch.audio.to(device), batch.lengths).cpu())
         flat = [caption for captions in batch.captions for caption in captions]
@@ -96,6 +97,7 @@ def encode(
         encoded.classes += batch.classes
         encoded.shards += batch.shards
         encoded.sounds += batch.sounds
+        encoded.recordings += batch.recordings
     encoded.audio_features, encoded.text_features = torch.cat(audio), torch.cat(text)
     encoded.owner = torch.repeat_interleave(
         torch.arange(len(encoded.keys)), torch.tensor(counts[1:], dtype=torch.int64)

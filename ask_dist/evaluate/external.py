@@ -41,8 +41,8 @@ Part = tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list["BankedClip"], list
 
 
 class BankedClip(BaseModel):
-    """A row of a bank folder: its id in the bank, the clip that it stands for, and the digest of its sound in hex,
-    which is empty for a caption alone."""
+    """A row of a bank folder: its id in the bank, the clip that it stands for, the digest of its sound in hex, which is
+    empty for a caption alone, and the recording that it was cut from, which is empty where the clip names none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -51,6 +51,7 @@ class BankedClip(BaseModel):
     captions: Annotated[tuple[str, ...], Field(min_length=1)]
     shard: str
     sound: str = ""
+    recording: str = ""
 
     @property
     def is_caption(self) -> bool:
@@ -61,7 +62,7 @@ class BankedClip(BaseModel):
 def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
-    Clips of the run's validation and test splits are left out, by their keys and by their sounds, with its
+    Clips of the run's validation and test splits are left out, by their keys, sounds and recordings, with its
     `data.fingerprints` also what sounds like them; of captions alone those that read as one of theirs.
     `quarantine.jsonl` in the folder names what was left out.
 
@@ -231,7 +232,7 @@ def _clip_parts(model: DualEncoder, shards: ShardList, config: Config, held_out:
     for part in range(parts):
         encoded = encode(model, shards, config, rank=part, world_size=parts, held_out=held_out)
         found, first = found or bool(encoded.keys), first or encoded.bad[:1]
-        told = zip(encoded.keys, encoded.captions, encoded.shards, encoded.sounds, strict=True)
+        told = zip(encoded.keys, encoded.captions, encoded.shards, encoded.sounds, encoded.recordings, strict=True)
         yield paired_rows(encoded), [_told(*clip) for clip in told], encoded.bad
     if not found:
         reason = f", the first: {first[0]}" if first else ""
@@ -259,8 +260,10 @@ def _caption_parts(
         raise InputError(f"every caption of {file} is held out, the first: {bad[0]['reason']}; name others")
 
 
-def _told(key: str, captions: list[str], shard: str, sound: bytes = b"") -> BankedClip:
-    return BankedClip(id=stable_id(key), key=key, captions=tuple(captions), shard=shard, sound=sound.hex())
+def _told(key: str, captions: list[str], shard: str, sound: bytes = b"", recording: str = "") -> BankedClip:
+    return BankedClip(
+        id=stable_id(key), key=key, captions=tuple(captions), shard=shard, sound=sound.hex(), recording=recording
+    )
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -120,7 +120,8 @@ def encode_anchors(state: TrainState) -> None:
 
 
 def _refuse_held_out(folder: Path, state: State, held_out: HeldOut) -> None:
-    """Raises InputError for a bank with clips, by key or by sound, or captions alone, of the splits that are tested on.
+    """Raises InputError for a bank with clips, by key, sound or recording, or captions alone, of the splits that are
+    tested on.
 
     The folder was checked against the splits of the run that built it. Those of this run may be others.
     """
@@ -133,7 +134,8 @@ def _refuse_held_out(folder: Path, state: State, held_out: HeldOut) -> None:
         )
     ids, sounds = set(state["ids"].tolist()), {sound.hex() for sound in held_out.sounds}
     rows = [clip for row, clip in banked.items() if row in ids]
-    clips = ids & {stable_id(key) for key in held_out.keys} | {clip.id for clip in rows if clip.sound in sounds}
+    clips = ids & {stable_id(key) for key in held_out.keys}
+    clips |= {clip.id for clip in rows if clip.sound in sounds or clip.recording in held_out.recordings}
     captions = [clip.captions[0] for clip in rows if clip.is_caption and words(clip.captions[0]) in held_out.captions]
     if clips:
         raise InputError(

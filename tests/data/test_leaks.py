@@ -73,6 +73,37 @@ def test_so_does_the_encoding_of_a_bank(splits: dict[str, ShardList]) -> None:
     assert loader.bad.count == 3
 
 
+@pytest.fixture
+def cuts(tmp_path: Path, make_clip: MakeClip) -> dict[str, ShardList]:
+    """Ten training clips of five recordings, one of which the test split has another cut of; some name none."""
+    names = [*(["youtube:aaaaaaaaaaa"] * 2), *([f"freesound:{n}" for n in range(4)] * 2)]
+    train = [
+        Clip(f"cut-{n}", make_clip(n).audio, RATE, ("a noise",), (), {"recording": r}) for n, r in enumerate(names)
+    ]
+    write_shards([*train, make_clip(20)], tmp_path / "train", "train", clips_per_shard=4)
+    told = {"recording": "youtube:aaaaaaaaaaa"}, {"recording": "freesound:33"}, {"recording": ""}, {"recording": 3}, {}
+    test = [Clip(f"of-{n}", make_clip(50 + n).audio, RATE, ("a noise",), (), extra) for n, extra in enumerate(told)]
+    write_shards(test, tmp_path / "test", "test")
+    return {split: ShardList.load(tmp_path / split) for split in ("train", "test")}
+
+
+def test_another_cut_of_a_recording_that_is_held_out_is_refused(cuts: dict[str, ShardList]) -> None:
+    held_out = HeldOut.of(cuts)
+    assert held_out.recordings == {"youtube:aaaaaaaaaaa": "test as of-0", "freesound:33": "test as of-1"}
+    reason = "held out: its recording, youtube:aaaaaaaaaaa, is in test as of-0"
+    assert [(record["key"], record["reason"]) for record in audit(cuts["train"], held_out)] == [
+        ("cut-0", reason),
+        ("cut-1", reason),
+    ]
+    options = {"rank": 0, "world_size": 1, "sample_rate": RATE, "clip_seconds": 0.05, "held_out": held_out}
+    loader = TrainLoader(cuts["train"], local_batch_size=1, seed=0, lanes=1, max_bad_share=0.5, **options)
+    met = {key for batch in itertools.islice(loader.batches(), loader.steps_per_epoch) for key in batch.keys} - {""}
+    assert met == {*(f"cut-{n}" for n in range(2, 10)), "clip-020"}
+    assert {record["reason"] for record in loader.bad.records} == {reason}
+    encoded = list(EvalLoader(cuts["train"], batch_size=20, **options).batches())
+    assert encoded[0].recordings == [*([f"freesound:{n}" for n in range(4)] * 2), ""]
+
+
 def packed(key: str, audio: np.ndarray, extension: str) -> EncodedClip:
     file = io.BytesIO()
     soundfile.write(file, audio, RATE, format=extension.upper())

@@ -71,6 +71,8 @@ def download(folder: Path) -> None:
         lines = ["file_name," + ",".join(f"caption_{n}" for n in range(1, 6))]
         lines += [f"{name}," + ",".join(f"{caption(n)} {take}" for take in range(5)) for n, name in enumerate(names)]
         (folder / "clotho" / f"clotho_captions_{split}.csv").write_text("\n".join(lines) + "\n")
+        told = ["file_name,keywords,sound_id", *(f"{name},tone,{n}" for n, name in enumerate(names))]
+        (folder / "clotho" / f"clotho_metadata_{split}.csv").write_text("\n".join(told) + "\n")
     record(folder / "audiocaps" / "audio", [f"video{number}_30.wav" for number in range(8)])
     rows = [f"{number},video{number},30,{caption(number)}" for number in range(8)]
     header = "audiocap_id,youtube_id,start_time,caption"

@@ -160,6 +160,31 @@ def test_clips_that_the_run_is_tested_on_stay_out(corpus, run, tmp_path, console
     }
 
 
+def test_so_do_other_cuts_of_their_recordings(run, tmp_path, console):
+    rng = np.random.default_rng(11)
+    cuts = [
+        Clip(
+            f"cut-{number}",
+            rng.normal(scale=0.1, size=800).astype(np.float32),
+            RATE,
+            ("a cut",),
+            (),
+            {"recording": name},
+        )
+        for number, name in enumerate(("youtube:aaaaaaaaaaa", "freesound:7", "freesound:7"))
+    ]
+    write_shards(cuts[:2], tmp_path / "new", "train")
+    write_shards(cuts[2:], tmp_path / "test", "test")
+    tested = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((tested / "config.yaml").read_text())
+    config["data"] |= {"test": str(tmp_path / "test")}
+    (tested / "config.yaml").write_text(yaml.safe_dump(config))
+    external.build(tested, tmp_path / "new", tmp_path / "bank", console)
+    (kept,) = external.banked_clips(tmp_path / "bank").values()
+    assert (kept.key, kept.recording) == ("cut-0", "youtube:aaaaaaaaaaa")
+    assert named(tmp_path / "bank") == {"cut-1": "held out: its recording, freesound:7, is in test as cut-2"}
+
+
 @pytest.mark.parametrize("fingerprints", [False, True])
 def test_so_do_clips_that_sound_like_them_where_fingerprints_are_compared(corpus, run, tmp_path, console, fingerprints):
     rng = np.random.default_rng(10)

@@ -92,6 +92,17 @@ def test_so_is_one_of_their_sounds_under_other_keys(corpus, run, bank, tmp_path)
         check(run, bank, f"data.test={tmp_path / 'test'}")
 
 
+def test_so_is_another_cut_of_their_recordings(run, tmp_path):
+    for number, split in enumerate(("train", "test")):
+        heard = np.random.default_rng(number).normal(scale=0.1, size=800).astype(np.float32)
+        cut = Clip(f"cut-{split}", heard, RATE, (f"{split} words",), (), {"recording": "freesound:1"})
+        write_shards([cut], tmp_path / split, split)
+    build(run, tmp_path / "train", tmp_path / "cuts", Console(quiet=True))
+    check(run, tmp_path / "cuts")
+    with pytest.raises(InputError, match=r"holds 1 clips of data\.validation or data\.test; build it again"):
+        check(run, tmp_path / "cuts", f"data.test={tmp_path / 'test'}")
+
+
 def test_so_is_one_of_their_captions_without_audio(run, bank, tmp_path):
     heard = np.random.default_rng(9).normal(scale=0.1, size=800).astype(np.float32)
     write_shards([Clip("tested", heard, RATE, ("Noise, number 2.",))], tmp_path / "test", "test")

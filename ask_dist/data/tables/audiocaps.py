@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ask_dist.data.table import Row, joined, read_lines, require, texts
 from ask_dist.data.tables.find_audio import AudioFiles
+from ask_dist.data.tables.recordings import youtube
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 
@@ -24,7 +25,7 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
         require(table, cells, COLUMNS)
         number, video, start = (str(cells[name]).strip() for name in COLUMNS[:3])
         clip = video, start
-        extra = {"youtube_id": video, "start_time": start}
+        extra = {"youtube_id": video, "start_time": start} | youtube(video)
         row = rows.setdefault(clip, Row(line, "", [], [], extra, f"audiocaps-{video}_{start}"))
         row.captions = joined(row.captions, texts(cells["caption"]))
         names.setdefault(clip, [f"{video}_{start}", f"Y{video}_{start}", video, f"Y{video}"]).append(number)

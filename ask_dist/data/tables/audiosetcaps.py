@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ask_dist.data.table import Row, joined, read_lines, require, texts
 from ask_dist.data.tables.find_audio import AudioFiles
-
-VIDEO = re.compile(r"(?:Y(?=.{11}$))?([A-Za-z0-9_-]{11})(?:_[0-9]+)?")  # group 1 is YouTube's id
+from ask_dist.data.tables.recordings import youtube
 
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
@@ -25,17 +23,17 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
     for line, cells in read_lines(table):
         require(table, cells, ("id", "caption"))
         clip = str(cells["id"]).strip()
-        row = rows.setdefault(clip, Row(line, "", [], [], {"id": clip}, f"audiosetcaps-{clip}"))
+        row = rows.setdefault(clip, Row(line, "", [], [], {"id": clip} | youtube(clip), f"audiosetcaps-{clip}"))
         row.captions = joined(row.captions, texts(cells["caption"]))
     for clip, row in rows.items():
         files.give(row, [clip, clip.removeprefix("Y")])
-        video = VIDEO.fullmatch(clip)
-        if video and video[1] in held_out:
-            row.refused = f"in {held_out[video[1]].name}"
+        video = row.extra.get("recording")
+        if video in held_out:
+            row.refused = f"in {held_out[video].name}"
     return list(rows.values())
 
 
 def _videos(path: Path) -> Iterator[str]:
     for _, cells in read_lines(path):
         require(path, cells, ("youtube_id",))
-        yield str(cells["youtube_id"]).strip()
+        yield from youtube(cells["youtube_id"]).values()

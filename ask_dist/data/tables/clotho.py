@@ -8,6 +8,7 @@ from typing import Any
 
 from ask_dist.data.table import CAPTION_COLUMN, Row, joined, read_lines, require, texts
 from ask_dist.data.tables.find_audio import AudioFiles
+from ask_dist.data.tables.recordings import freesound
 
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
@@ -33,7 +34,7 @@ def _metadata(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for _, cells in read_lines(path):
         require(path, cells, ("file_name", "keywords", "sound_id"))
         more = {"keywords": texts(_as_latin_1(cells["keywords"]), ";"), "sound_id": cells["sound_id"].strip()}
-        found.append((cells["file_name"], more))
+        found.append((cells["file_name"], more | freesound(cells["sound_id"])))
     return found
 
 

@@ -7,19 +7,24 @@ from pathlib import Path
 
 from ask_dist.data.table import Row, read_lines, require
 from ask_dist.data.tables.find_audio import AudioFiles
+from ask_dist.data.tables.recordings import freesound
 
 TEMPLATE = "this is the sound of {}"
 
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
-    """See Reader. The table is `meta/esc50.csv`; `category` becomes the class and `fold` stays in the JSON."""
+    """See Reader. The table is `meta/esc50.csv`; `category` becomes the class and `fold` stays in the JSON.
+
+    A file is called fold-recording-take-class, the recording by its number at Freesound.
+    """
     files = AudioFiles(audio_folder)
     rows = []
     for line, cells in read_lines(table):
         require(table, cells, ("filename", "fold", "category"))
         name = cells["category"].replace("_", " ")
         stem = Path(cells["filename"]).stem
-        row = Row(line, "", [TEMPLATE.format(name)], [name], {"fold": cells["fold"]}, f"esc50-{stem}")
+        extra = {"fold": cells["fold"]} | freesound("".join(stem.split("-")[1:2]))
+        row = Row(line, "", [TEMPLATE.format(name)], [name], extra, f"esc50-{stem}")
         files.give(row, [stem])
         rows.append(row)
     return rows

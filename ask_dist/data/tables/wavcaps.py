@@ -9,11 +9,13 @@ from typing import Any
 
 from ask_dist.data.table import Row, texts
 from ask_dist.data.tables.find_audio import AudioFiles
+from ask_dist.data.tables.recordings import freesound, youtube
 from ask_dist.errors import InputError
 
 # What begins the published file's name, and what the blacklists call the source. BBC and SoundBible stand in none of
 # them, but have ids that look like Freesound's.
 SOURCES = {"as": "AudioSet", "fsd": "FreeSound", "bbc": "BBC", "sb": "SoundBible"}
+RECORDINGS = {"AudioSet": youtube, "FreeSound": freesound}  # of the others no test set is made
 
 
 def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[Row]:
@@ -32,9 +34,8 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
     for number, item in enumerate(_items(table), 1):
         clip = str(item["id"])
         stem = clip.removesuffix(".wav")
-        row = rows.setdefault(
-            clip, Row(number, "", texts(item["caption"]), [], {"id": clip}, f"{source.lower()}-{stem}")
-        )
+        extra = {"id": clip} | (RECORDINGS[source](stem) if source in RECORDINGS else {})
+        row = rows.setdefault(clip, Row(number, "", texts(item["caption"]), [], extra, f"{source.lower()}-{stem}"))
         files.give(row, [stem])
         if clip in banned:
             row.refused = f"in {banned[clip].name}"

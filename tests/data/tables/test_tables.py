@@ -61,7 +61,11 @@ def test_audiocaps_joins_the_captions_of_a_cut_and_finds_its_file_under_any_usua
         ("deep/YUDGBjjwyaqE.flac", ["Multiple clanging and clanking sounds"]),
         ("91141.wav", ["Wind"]),
     ]
-    assert rows[0].extra == {"youtube_id": "r1nicOVtvkQ", "start_time": "130"}
+    assert rows[0].extra == {
+        "youtube_id": "r1nicOVtvkQ",
+        "start_time": "130",
+        "recording": "youtube:r1nicOVtvkQ",
+    }
     assert (rows[3].line, rows[3].refused) == (
         6,
         "no audio file is called missing_30 or Ymissing_30 or missing or Ymissing or 91142",
@@ -101,7 +105,7 @@ def test_clotho_has_five_captions_a_clip_and_metadata_in_latin_1(tmp_path):
         ("development/Distorted AM Radio noise.wav", [f"radio {number}" for number in range(5)]),
         ("development/ São Paulo.wav", ["a", "b", "d", "e"]),
     ]
-    assert rows[0].extra == {"keywords": ["noise", "rádio"], "sound_id": "53943"}
+    assert rows[0].extra == {"keywords": ["noise", "rádio"], "sound_id": "53943", "recording": "freesound:53943"}
     assert rows[1].extra == {}
     assert [row.captions for row in READERS["clotho"](table, audio)] == [row.captions for row in rows]
 
@@ -115,7 +119,36 @@ def test_esc50_says_its_class_in_a_sentence(tmp_path):
     )
     dog, saw = READERS["esc50"](table, audio)
     assert (dog.audio, dog.captions, dog.classes) == ("1-100032-A-0.wav", ["this is the sound of dog"], ["dog"])
-    assert (saw.captions, saw.classes, saw.extra) == (["this is the sound of hand saw"], ["hand saw"], {"fold": "5"})
+    assert (saw.captions, saw.classes) == (["this is the sound of hand saw"], ["hand saw"])
+    assert saw.extra == {"fold": "5", "recording": "freesound:9032"}
+
+
+def test_a_recording_has_one_name_in_all_corpora(tmp_path):
+    audio = record(tmp_path / "audio", "x.wav")
+    tables = {
+        "audiocaps": write(tmp_path / "a.csv", "audiocap_id,youtube_id,start_time,caption\n1,Y-b_De3GhIj,30,a\n"),
+        "audiosetcaps": write(tmp_path / "b.csv", "id,caption\nYY-b_De3GhIj,a\nY-b_De3GhIj_000883,a\nshort,a\n"),
+        "clotho": write(tmp_path / "c.csv", "file_name,caption_1\nx.wav,a\ny.wav,a\n"),
+        "esc50": write(tmp_path / "d.csv", "filename,fold,category\n1-2078-B-0.wav,1,dog\nodd.wav,1,dog\n"),
+    }
+    beside = {"clotho": [write(tmp_path / "e.csv", "file_name,keywords,sound_id\nx.wav,a,2078\ny.wav,a,Not found\n")]}
+    found = {
+        recipe: [row.extra.get("recording") for row in READERS[recipe](table, audio, beside.get(recipe, []))]
+        for recipe, table in tables.items()
+    }
+    for name, clip in (("as", "YY-b_De3GhIj.wav"), ("fsd", "2078"), ("bbc", "2078"), ("sb", "2078")):
+        table = wavcaps(tmp_path / f"{name}_final.json", clip)
+        found[name] = [row.extra.get("recording") for row in READERS["wavcaps"](table, audio)]
+    assert found == {
+        "audiocaps": ["youtube:Y-b_De3GhIj"],
+        "audiosetcaps": ["youtube:Y-b_De3GhIj", "youtube:Y-b_De3GhIj", None],
+        "clotho": ["freesound:2078", None],
+        "esc50": ["freesound:2078", None],
+        "as": ["youtube:Y-b_De3GhIj"],
+        "fsd": ["freesound:2078"],
+        "bbc": [None],
+        "sb": [None],
+    }
 
 
 def wavcaps(path: Path, *ids: str) -> Path:
@@ -186,4 +219,5 @@ def test_a_published_table_becomes_shards_with_what_was_refused_named(tmp_path):
     assert [row.name for row in rows] == ["freesound-201", "freesound-999", "freesound-1000"]
     (raw,) = read_shard(tmp_path / "out" / "train-000000.tar", 0, 1)
     assert raw.key == "freesound-999"
-    assert open_clip(raw, RATE)[1] == {"id": "999", "captions": ["Sound 999."], "classes": []}
+    told = {"id": "999", "recording": "freesound:999"}
+    assert open_clip(raw, RATE)[1] == told | {"captions": ["Sound 999."], "classes": []}
