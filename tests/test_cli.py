@@ -17,6 +17,7 @@ import soundfile
 from ask_dist import cli
 from ask_dist.data.pack import write_shards
 from ask_dist.data.shards import Clip
+from tests.data.server import serving
 
 RATE = 16000
 COMMANDS = ("train", "check", "evaluate", "export", "search", "tune", "plan", "pack", "corpus", "shards")
@@ -156,6 +157,23 @@ def test_pack_takes_a_published_table_and_names_what_it_lacks(tmp_path, capsys, 
     assert "no column audiocap_id" in line
     assert "only --recipe audiosetcaps, clotho" in refused("pack", table, tmp_path / "out", "--beside", table)
     assert "no audio folder" in refused("pack", table, tmp_path / "out", "--audio-folder", tmp_path / "nowhere")
+
+
+def test_pack_tells_what_was_out_of_reach_and_writes_into_local_folders_alone(tmp_path, capsys, refused):
+    soundfile.write(tmp_path / "a.wav", np.sin(np.arange(RATE) / 10), RATE)
+    with serving(tmp_path) as server:
+        server.faults = {"/b.wav": ["503"] * 2}
+        (tmp_path / "t.csv").write_text(f"audio,caption\na.wav,a\n{server.url}/b.wav,b\n")
+        packed = ("pack", tmp_path / "t.csv", tmp_path / "out", "--tries", "1")
+        assert run(*packed) == 0
+        assert "1 skipped (see " in (line := capsys.readouterr().out)
+        assert line.endswith(", 1 of them out of reach: the same command tries these again\n")
+        soundfile.write(tmp_path / "b.wav", np.sin(np.arange(RATE) / 20), RATE)
+        server.faults = {}
+        assert run(*packed) == 0
+        assert "2 clips, 0.00 hours, 2 shards (1 of" in capsys.readouterr().out
+    line = refused("pack", tmp_path / "t.csv", "s3://bucket/shards")
+    assert line == "error: s3:/bucket/shards: shards are written into local folders; pack into one and copy it there"
 
 
 def test_shards_are_verified_shown_and_measured(tones, tmp_path, capsys, refused):

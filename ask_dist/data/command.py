@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def pack(
         recipe: the name of a reader in tables/, which knows the columns; None: `audio_column` and `caption_columns`.
         beside: what the recipe reads beside the table.
     """
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
+        raise InputError(f"{folder}: shards are written into local folders; pack into one and copy it there")
     if not source.folder.is_dir():
         raise InputError(f"no audio folder {source.folder}: correct the path")
     if beside and recipe not in TAKE_BESIDE:
@@ -57,6 +60,8 @@ def pack(
         )
     kept = f" ({summary.kept} of the table's files were done before; --again packs them anew)" if summary.kept else ""
     skipped = f", {len(summary.skipped)} skipped (see {folder / QUARANTINE})" if summary.skipped else ""
+    if summary.lost:
+        skipped += f", {summary.lost} of them out of reach: the same command tries these again"
     console.print(
         f"{folder}: {summary.clips} clips, {summary.seconds / 3600:.2f} hours, {summary.shards} shards{skipped}{kept}",
         highlight=False,

@@ -219,26 +219,36 @@ def refuse_others(folder: Path, split: str) -> None:
         )
 
 
-def publish(shards: Sequence[WrittenShard], aside: Path, folder: Path, split: str, **more: Any) -> dict[str, Any]:
+def publish(
+    shards: Sequence[WrittenShard],
+    aside: Path,
+    folder: Path,
+    split: str,
+    behind: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """Move finished tars out of `aside` under their names, in the place of what `folder` held, and write sizes.json.
 
     Args:
         shards: in the order of their numbers; at least one.
+        behind: the folder's sizes.json, if its shards stay and these come behind them.
         more: further entries of sizes.json.
 
     Returns:
         The content of sizes.json.
     """
-    names = [f"{split}-{number:06d}.tar" for number in range(len(shards))]
-    classes: Counter[str] = Counter()
-    rates: Counter[str] = Counter()
+    earlier: dict[str, Any] = behind["shards"] if behind else {}
+    names = [f"{split}-{number:06d}.tar" for number in range(len(earlier), len(earlier) + len(shards))]
+    classes: Counter[str] = Counter(behind["classes"] if behind else {})
+    rates: Counter[str] = Counter(_rates(behind) if behind else {})
     for shard in shards:
         classes.update(shard.classes)
         rates.update(shard.sample_rates)
     sizes = {
         "format": FORMAT,
         "sample_rate": int(min(rates, key=lambda rate: (-rates[rate], int(rate)))),
-        "shards": {
+        "shards": earlier
+        | {
             name: {"clips": shard.clips, "seconds": shard.seconds, "sha256": shard.sha256}
             for name, shard in zip(names, shards, strict=True)
         },
@@ -247,10 +257,18 @@ def publish(shards: Sequence[WrittenShard], aside: Path, folder: Path, split: st
     }
     if len(rates) > 1:
         sizes["sample_rates"] = dict(sorted(rates.items(), key=lambda item: int(item[0])))
-    (folder / SIZES).unlink(missing_ok=True)
+    if not earlier:
+        (folder / SIZES).unlink(missing_ok=True)
     for old in folder.glob("*.tar"):  # none of another split, or it would have been refused
-        old.unlink()
+        if old.name not in earlier:
+            old.unlink()
     for name, shard in zip(names, shards, strict=True):
         os.replace(aside / shard.file, folder / name)
     write_text(folder / SIZES, json.dumps(sizes, indent=1, ensure_ascii=False) + "\n")
     return sizes
+
+
+def _rates(sizes: Mapping[str, Any]) -> dict[str, int]:
+    """How many clips have each sample rate, by a sizes.json."""
+    clips = sum(shard["clips"] for shard in sizes["shards"].values())
+    return sizes.get("sample_rates", {str(sizes["sample_rate"]): clips})

@@ -16,7 +16,7 @@ from ask_dist.data.audio import BadSample
 from ask_dist.data.pack import EncodedClip, ShardWriter, WrittenShard, describe, encode_clip
 from ask_dist.data.processes import tick
 from ask_dist.data.shards import LONGEST_CAPTION, Clip, write_text
-from ask_dist.data.sources import Source
+from ask_dist.data.sources import OutOfReach, Source
 from ask_dist.data.table import URL, Row
 
 MOST_FLAC_CHANNELS = 8
@@ -67,10 +67,11 @@ def pack_rows(task: Task) -> tuple[int, dict[str, Any]]:
 
     Returns:
         The task's number, and {"rows": how many there were, "shards": what there is of each WrittenShard, "skipped":
-        the records of quarantine.jsonl}.
+        the records of quarantine.jsonl, "lost": lines of the rows that were out of reach}.
     """
     tars = _Tars(task.aside, task.number, task.settings.shard_mib * 2**20)
     skipped: list[dict[str, Any]] = []
+    lost: list[int] = []
     try:
         for row, key, read in _read(task):
             captions, reasons = usable_captions(row.captions)
@@ -81,11 +82,13 @@ def pack_rows(task: Task) -> tuple[int, dict[str, Any]]:
                 tars.add(_encode(row, key, captions, content, task.settings))
             except BadSample as error:
                 reasons.append(str(error))
+                lost += [row.line] if isinstance(error, OutOfReach) else []
             skipped += ({"line": row.line, "audio": row.audio, "reason": reason} for reason in reasons)
             tick()
     finally:
         shards = tars.finish()
-    result = {"rows": len(task.rows), "shards": [asdict(shard) for shard in shards], "skipped": skipped}
+    written = [asdict(shard) for shard in shards]
+    result = {"rows": len(task.rows), "shards": written, "skipped": skipped, "lost": lost}
     write_text(task.aside / f"{task.number:06d}.json", json.dumps(result))
     return task.number, result
 

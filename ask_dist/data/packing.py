@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import itertools
 import json
+import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +27,9 @@ from ask_dist.files import write_atomically
 
 QUARANTINE = "quarantine.jsonl"
 PLAN = "plan.json"
-VERSION = 2  # of what packing writes; another one takes up nothing of this
+LOCK = f"{ASIDE}.lock"
+VERSION = 3  # of what packing writes; another one takes up nothing of this
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class PackSummary:
         skipped: a record {"line", "audio", "reason"} for each audio file, or caption, that was left out; also in
             quarantine.jsonl.
         kept: how many of the table's audio files an earlier call had packed, or looked at, already.
+        lost: how many of those left out were out of reach, and may not be next time.
     """
 
     clips: int
@@ -46,6 +53,7 @@ class PackSummary:
     classes: dict[str, int]
     skipped: list[dict[str, Any]]
     kept: int
+    lost: int
 
 
 def pack_table(
@@ -66,7 +74,8 @@ def pack_table(
     bytes follow from the arguments alone, whatever the number of processes.
 
     What a call has finished when it is interrupted, by SIGKILL too, the next call with the same rows and settings
-    keeps. Until the last shard is written, what was packed in `folder` before stays.
+    keeps. Until the last shard is written, what was packed in `folder` before stays. Rows whose audio was out of reach
+    are tried again by the next call after a finished one, and what it gets comes behind the other shards.
 
     Args:
         rows: one an audio file; see table.py and tables/.
@@ -79,8 +88,8 @@ def pack_table(
         progress: called with audio files done and audio files in all.
 
     Raises:
-        InputError: a path leads out of the source's folder, a URL is of a kind that is not read, no clip is left, or
-            the folder holds tars of another split.
+        InputError: a path leads out of the source's folder, a URL is of a kind that is not read, no clip is left, the
+            folder holds tars of another split, or another call is packing into it.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", settings.split):
         raise InputError(f"split {settings.split!r}: use letters, digits, _ and - alone")
@@ -91,17 +100,49 @@ def pack_table(
         raise InputError(f"{name} has no rows: give at least one audio file with a caption")
     rows, names, refused = _wanted(rows, source, name)
     digest = _digest(rows, names, source, settings)
-    if not again and (summary := _packed_before(folder, digest, len(rows))):
-        return summary
-    aside = folder / ASIDE
-    results = _take_up(aside, digest, again)
-    kept = sum(result["rows"] for result in results.values())
-    tasks = (task for task in _tasks(rows, names, aside, settings, source) if task.number not in results)
-    report = None if progress is None else (lambda done: progress(kept + done, len(rows)))
-    for number, result in in_processes(pack_rows, tasks, processes, report):
-        results[number] = result
-    results[-1] = {"shards": [], "skipped": refused}
-    return _publish(results, aside, folder, settings.split, digest, name, kept)
+    earlier = None if again else _packed_before(folder, digest)
+    if earlier and not earlier["lost"]:
+        return _summary(earlier, list(read_quarantine(folder)), kept=len(rows))
+    with _alone(folder):
+        aside = folder / ASIDE
+        lines = {row.line for row in rows}
+        if earlier:
+            lines = set(earlier["lost"])
+            refused = [record for record in read_quarantine(folder) if record["line"] not in lines]
+        results = _take_up(aside, digest, lines if earlier else (), again)
+        kept = len(rows) - len(lines) + sum(result["rows"] for result in results.values())
+        tasks = _tasks(rows, names, lines, aside, settings, source)
+        left = (task for task in tasks if task.number not in results)
+        report = None if progress is None else (lambda done: progress(kept + done, len(rows)))
+        for number, result in in_processes(pack_rows, left, processes, report):
+            results[number] = result
+        results[-1] = {"shards": [], "skipped": refused, "lost": []}
+        skipped = sorted(_all(results, "skipped"), key=lambda record: record["line"])
+        if not earlier and not any(_all(results, "shards")):
+            shutil.rmtree(aside)
+            raise InputError(f"all {len(skipped)} audio files of {name} are bad, the first: {skipped[0]['reason']}")
+        sizes = _publish(results, skipped, aside, folder, settings.split, digest, earlier)
+        return _summary(sizes, skipped, kept)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other calls out of the folder, until this process ends at the latest.
+
+    Raises:
+        InputError: another call is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another ask-dist pack writes into {folder}: let it end, or give another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            log.warning("%s can't be locked: let no other ask-dist pack write into it", folder)
+        yield
 
 
 def _wanted(rows: Sequence[Row], source: Source, table: str) -> tuple[list[Row], list[str], list[dict[str, Any]]]:
@@ -120,45 +161,63 @@ def _wanted(rows: Sequence[Row], source: Source, table: str) -> tuple[list[Row],
 
 
 def _tasks(
-    rows: Sequence[Row], names: Sequence[str], aside: Path, settings: PackSettings, source: Source
+    rows: Sequence[Row],
+    names: Sequence[str],
+    wanted: Collection[int],
+    aside: Path,
+    settings: PackSettings,
+    source: Source,
 ) -> Iterator[Task]:
-    """The rows in runs of `clips_per_shard`."""
+    """The rows of the wanted lines in runs of `clips_per_shard`."""
     named = [
         f"{row.name}{PurePosixPath(name).suffix}" if row.name else name for row, name in zip(rows, names, strict=True)
     ]
     keys = make_keys(named, settings.key_prefix)
-    for number, first in enumerate(range(0, len(rows), settings.clips_per_shard)):
-        run = slice(first, first + settings.clips_per_shard)
-        yield Task(number, tuple(rows[run]), tuple(names[run]), tuple(keys[run]), aside, settings, source)
+    chosen = (entry for entry in zip(rows, names, keys, strict=True) if entry[0].line in wanted)
+    for number in itertools.count():
+        run = tuple(itertools.islice(chosen, settings.clips_per_shard))
+        if not run:
+            return
+        taken, places, their_keys = zip(*run, strict=True)
+        yield Task(number, taken, places, their_keys, aside, settings, source)
 
 
 def _publish(
-    results: dict[int, dict[str, Any]], aside: Path, folder: Path, split: str, digest: str, name: str, kept: int
-) -> PackSummary:
-    """Put together what the tasks did, once all are through."""
-    shards = [WrittenShard(**shard) for _, result in sorted(results.items()) for shard in result["shards"]]
-    skipped = sorted((record for result in results.values() for record in result["skipped"]), key=lambda r: r["line"])
-    if not shards:
-        shutil.rmtree(aside)
-        raise InputError(f"all {len(skipped)} audio files of {name} are bad, the first: {skipped[0]['reason']}")
-    (folder / SIZES).unlink(missing_ok=True)  # publish does so too; the old one must not stand beside a new quarantine
-    (folder / QUARANTINE).unlink(missing_ok=True)
+    results: dict[int, dict[str, Any]],
+    skipped: Sequence[dict[str, Any]],
+    aside: Path,
+    folder: Path,
+    split: str,
+    digest: str,
+    earlier: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Put what the tasks did behind the shards of `earlier`, or in the place of others; the content of sizes.json."""
+    if not earlier:
+        (folder / SIZES).unlink(missing_ok=True)  # publish does so too; the old one must not stand beside new records
     if skipped:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in skipped)
         write_atomically(folder / QUARANTINE, lines.encode(errors="backslashreplace"))
-    sizes = publish(shards, aside, folder, split, packed_from=digest)
+    else:
+        (folder / QUARANTINE).unlink(missing_ok=True)
+    shards = [WrittenShard(**shard) for shard in _all(results, "shards")]
+    sizes = publish(shards, aside, folder, split, earlier, packed_from=digest, lost=sorted(_all(results, "lost")))
     shutil.rmtree(aside)
-    return _summary(sizes, skipped, kept)
+    return sizes
+
+
+def _all(results: dict[int, dict[str, Any]], what: str) -> list[Any]:
+    """The entries of that name of all tasks, in their order."""
+    return [entry for _, result in sorted(results.items()) for entry in result[what]]
 
 
 def _summary(sizes: dict[str, Any], skipped: list[dict[str, Any]], kept: int) -> PackSummary:
     shards = sizes["shards"].values()
     clips, seconds = (sum(shard[what] for shard in shards) for what in ("clips", "seconds"))
-    return PackSummary(clips, seconds, len(shards), sizes["classes"], skipped, kept)
+    return PackSummary(clips, seconds, len(shards), sizes["classes"], skipped, kept, len(sizes["lost"]))
 
 
-def _packed_before(folder: Path, digest: str, rows: int) -> PackSummary | None:
-    """What a finished call with the same rows and settings left, if it is still there."""
+def _packed_before(folder: Path, digest: str) -> dict[str, Any] | None:
+    """The sizes.json of a finished call with the same rows and settings, if what it left is still there."""
     if not (folder / SIZES).is_file():
         return None
     try:
@@ -167,12 +226,15 @@ def _packed_before(folder: Path, digest: str, rows: int) -> PackSummary | None:
         return None
     if sizes.get("packed_from") != digest or not all((folder / name).is_file() for name in sizes["shards"]):
         return None
-    return _summary(sizes, list(read_quarantine(folder)), kept=rows)
+    return sizes
 
 
-def _take_up(aside: Path, digest: str, again: bool) -> dict[int, dict[str, Any]]:
-    """What the tasks of an earlier call with the same digest have finished, by number; anything else is removed."""
-    plan = {"version": VERSION, "digest": digest}
+def _take_up(aside: Path, digest: str, lost: Collection[int], again: bool) -> dict[int, dict[str, Any]]:
+    """What the tasks of an earlier call with the same digest have finished, by number; anything else is removed.
+
+    With lines that a call before that has `lost`, the tasks are of these.
+    """
+    plan = {"version": VERSION, "digest": digest, "lost": sorted(lost)}
     results: dict[int, dict[str, Any]] = {}
     if again or _json(aside / PLAN) != plan:
         shutil.rmtree(aside, ignore_errors=True)

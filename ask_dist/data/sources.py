@@ -17,6 +17,10 @@ PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 BLOCK = 2**20
 
 
+class OutOfReach(BadSample):
+    """What may be there at another time."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a table's audio comes from.
@@ -39,6 +43,7 @@ class Source:
         """The content of a path or URL.
 
         Raises:
+            OutOfReach: all tries of a URL failed, by what may pass.
             BadSample: it can't be read, or is too large.
             InputError: the URL needs a package that is missing.
         """
@@ -64,7 +69,7 @@ class Source:
                     raise BadSample(f"unreadable URL: {reason}") from None
             if tried < self.tries:
                 time.sleep(self.pause * 2 ** (tried - 1))
-        raise BadSample(f"unreadable URL after {self.tries} tries: {reason}")
+        raise OutOfReach(f"unreadable URL after {self.tries} tries: {reason}")
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, FileNotFoundError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import io
@@ -18,13 +19,15 @@ import psutil
 import pytest
 import soundfile
 
+from ask_dist.data.inspect.verify import verify
 from ask_dist.data.pack_rows import PackSettings
 from ask_dist.data.packing import PackSummary, make_keys, pack_table
-from ask_dist.data.samples import open_clip, read_shard
+from ask_dist.data.samples import open_clip, read_clips, read_shard
 from ask_dist.data.shards import ShardList
 from ask_dist.data.sources import Source
-from ask_dist.data.table import read_table
+from ask_dist.data.table import Row, read_table
 from ask_dist.errors import InputError
+from tests.data.server import serving
 
 pytestmark = pytest.mark.multiprocess
 RATE = 8000
@@ -292,6 +295,52 @@ def test_urls_are_packed_in_the_order_of_the_table_and_failures_named(tmp_path: 
     for number, flac in enumerate((first, second)):
         expected, _ = soundfile.read(recordings / f"{number}.wav")
         np.testing.assert_allclose(soundfile.read(io.BytesIO(flac))[0], expected, atol=1e-4)
+
+
+def test_what_was_out_of_reach_is_tried_again_and_comes_behind_the_rest(tmp_path: Path, recordings: Path) -> None:
+    names = ["gone.wav", *(f"{number}.wav" for number in range(14))]
+    settings, out = PackSettings(sample_rate=RATE, clips_per_shard=4), tmp_path / "out"
+    with serving(recordings) as server:
+        rows = [Row(n, f"{server.url}/{name}", ["noise"], [f"kind {n % 2}"]) for n, name in enumerate(names)]
+
+        def call(faults: dict[str, list[str]]) -> PackSummary:
+            server.faults = faults
+            return pack_table(rows, Source(tmp_path, tries=1), out, settings, processes=1)
+
+        away = [f"/{number}.wav" for number in (0, 1, 2, 4, 6, 11, 12)]
+        first = call({path: ["503"] for path in away})
+        before = contents(out)
+        assert (first.clips, first.shards, first.lost, first.kept) == (6, 3, 7, 0)
+        second = call({"/6.wav": ["503"], "/11.wav": ["503"]})
+        assert (second.clips, second.shards, second.lost, second.kept) == (10, 5, 2, 8)
+        third = call({"/6.wav": ["503"], "/11.wav": ["503"]})
+        assert (third.clips, third.shards, third.lost, third.kept) == (10, 5, 2, 13)
+        last = call({})
+        asked = server.requests.copy()
+        assert call({}) == dataclasses.replace(last, kept=15)
+        assert server.requests == asked  # nothing is left that another try may get
+        assert asked["/gone.wav"] == 1
+    assert (last.clips, last.shards, last.lost) == (12, 6, 0)
+    assert sum(last.classes.values()) == 12
+    assert [record["audio"].rpartition("/")[2] for record in last.skipped] == ["gone.wav", "4.wav", "9.wav"]
+    assert list(map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())) == last.skipped
+    after = contents(out)
+    assert all(after[name] == before[name] for name in before if name.endswith(".tar"))
+    shards = ShardList.load(out)
+    keys = [raw.key for number, count in enumerate(shards.counts) for raw in read_clips(shards, number, 0, count)]
+    assert len(set(keys)) == 12
+    assert not verify(out, decode=True, processes=1)
+
+
+def test_two_calls_never_pack_into_one_folder_at_once(tmp_path: Path, recordings: Path) -> None:
+    out = tmp_path / "out"
+
+    def meanwhile(done: int, total: int) -> None:
+        with pytest.raises(InputError, match=r"^another ask-dist pack writes into .*out: let it end, or give another"):
+            pack(recordings / "t.csv", recordings, out, again=True)
+
+    assert pack(recordings / "t.csv", recordings, out, progress=meanwhile).clips == 32
+    assert pack(recordings / "t.csv", recordings, out, again=True).clips == 32
 
 
 COMMAND = """
