@@ -117,10 +117,7 @@ class _Tars:
 
 def _read(task: Task) -> Iterator[tuple[Row, str, Callable[[], bytes]]]:
     """The rows with their keys and what gives their audio; of URLs, some more is being read already."""
-    reads = [
-        functools.partial(task.source.read, place if row.audio else "")
-        for row, place in zip(task.rows, task.places, strict=True)
-    ]
+    reads = [functools.partial(task.source.read, place) for place in task.places]
     if not any(map(URL.match, task.places)):
         yield from zip(task.rows, task.keys, reads, strict=True)
         return

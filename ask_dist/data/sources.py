@@ -47,8 +47,6 @@ class Source:
             BadSample: it can't be read, or is too large.
             InputError: the URL needs a package that is missing.
         """
-        if not place:
-            raise BadSample("no path")
         if URL.match(place):
             return self._download(place)
         try:

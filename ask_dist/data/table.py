@@ -43,7 +43,8 @@ class Row:
 
 
 def read_table(table: Path, audio_column: str = "audio", caption_columns: Sequence[str] | None = None) -> list[Row]:
-    """Read `.csv`, `.jsonl` or `.parquet`; rows that name the same audio are joined, repeated captions kept once.
+    """Read `.csv`, `.jsonl` or `.parquet`; rows that name the same audio are joined, repeated captions kept once. One
+    that names none is refused.
 
     Captions come from `caption_columns`, by default from every column called "caption", "captions" or "caption_1"
     and so on; classes from the column "class" or "classes". A cell may be a string or, in JSONL and Parquet, a list of
@@ -52,23 +53,24 @@ def read_table(table: Path, audio_column: str = "audio", caption_columns: Sequen
     Raises:
         InputError: the file is missing, unreadable, empty, of another type, or lacks the columns.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str | int, Row] = {}
     columns: dict[str, None] = {}
     for line, cells in read_lines(table):
         columns.update(dict.fromkeys(cells))
         names = (
             [name for name in cells if CAPTION_COLUMN.fullmatch(name)] if caption_columns is None else caption_columns
         )
-        audio = _place(cells.get(audio_column))
-        row = rows.setdefault(audio, Row(line, audio, [], []))
-        row.captions = joined(row.captions, *(texts(cells.get(name)) for name in names))
-        classes = texts(cells.get("classes", cells.get("class")), ";" if table.suffix == ".csv" else None)
-        row.classes = joined(row.classes, classes)
+        audio, refused = _place(cells.get(audio_column))
+        row = rows.setdefault(line if refused else audio, Row(line, audio, [], [], refused=refused))
+        row.captions += (text for name in names for text in texts(cells.get(name)))
+        row.classes += texts(cells.get("classes", cells.get("class")), ";" if table.suffix == ".csv" else None)
     if not rows:
         raise InputError(f"{table} has no rows: give at least one audio file with a caption")
     require(table, columns, [audio_column, *(caption_columns or ())])
     if caption_columns is None and not any(map(CAPTION_COLUMN.fullmatch, columns)):
         require(table, columns, ["caption"])
+    for row in rows.values():
+        row.captions, row.classes = joined(row.captions), joined(row.classes)
     return list(rows.values())
 
 
@@ -164,10 +166,12 @@ def _object(table: Path, line: int, text: str) -> dict[str, Any]:
     return value
 
 
-def _place(cell: Any) -> str:
-    """A URL, or a path where "a/./b" and "a//b" are "a/b", so that rows of one file meet; "" where there is none."""
-    text = cell.strip() if isinstance(cell, str) else ""
-    return posixpath.normpath(text) if text and not URL.match(text) else text
+def _place(cell: Any) -> tuple[str, str]:
+    """A URL, or a path where "a/./b" and "a//b" are "a/b", so that rows of one file meet; and what is wrong with it."""
+    if cell is not None and not isinstance(cell, str):
+        return "", f"the path is of type {type(cell).__name__}, not a string"
+    text = (cell or "").strip()
+    return posixpath.normpath(text) if text and not URL.match(text) else text, "" if text else "no path"
 
 
 def texts(cell: Any, separator: str | None = None) -> list[str]:

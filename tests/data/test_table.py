@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pyarrow
@@ -36,6 +37,28 @@ def test_jsonl_takes_strings_and_lists(tmp_path: Path) -> None:
     first, second = read_table(table(tmp_path, "t.jsonl", lines), "audio", None)
     assert (first.captions, first.classes) == (["one", "two"], ["dog; cat"])
     assert (second.line, second.captions) == (3, ["three"])
+
+
+def test_rows_without_a_path_are_refused_each_by_itself(tmp_path: Path) -> None:
+    cells = ("5", "null", '" "', '["x.wav"]', '"x.wav"', "false")
+    lines = "".join(f'{{"audio": {cell}, "caption": "words"}}\n' for cell in cells)
+    rows = read_table(table(tmp_path, "t.jsonl", lines))
+    assert [(row.line, row.audio, row.refused) for row in rows] == [
+        (1, "", "the path is of type int, not a string"),
+        (2, "", "no path"),
+        (3, "", "no path"),
+        (4, "", "the path is of type list, not a string"),
+        (5, "x.wav", ""),
+        (6, "", "the path is of type bool, not a string"),
+    ]
+
+
+def test_time_for_the_captions_of_one_clip_grows_with_their_number(tmp_path: Path) -> None:
+    lines = "".join(f"x.wav,caption {number}\n" for number in range(50_000))
+    start = time.process_time()
+    (row,) = read_table(table(tmp_path, "t.csv", "audio,caption\n" + lines))
+    assert time.process_time() - start < 10  # a minute where each line copies those before
+    assert row.captions == [f"caption {number}" for number in range(50_000)]
 
 
 def test_named_caption_columns_are_taken_alone(tmp_path: Path) -> None:

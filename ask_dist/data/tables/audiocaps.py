@@ -27,8 +27,9 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
         clip = video, start
         extra = {"youtube_id": video, "start_time": start} | youtube(video)
         row = rows.setdefault(clip, Row(line, "", [], [], extra, f"audiocaps-{video}_{start}"))
-        row.captions = joined(row.captions, texts(cells["caption"]))
+        row.captions += texts(cells["caption"])
         names.setdefault(clip, [f"{video}_{start}", f"Y{video}_{start}", video, f"Y{video}"]).append(number)
     for clip, row in rows.items():
+        row.captions = joined(row.captions)
         files.give(row, names[clip])
     return list(rows.values())

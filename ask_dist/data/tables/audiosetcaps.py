@@ -24,8 +24,9 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
         require(table, cells, ("id", "caption"))
         clip = str(cells["id"]).strip()
         row = rows.setdefault(clip, Row(line, "", [], [], {"id": clip} | youtube(clip), f"audiosetcaps-{clip}"))
-        row.captions = joined(row.captions, texts(cells["caption"]))
+        row.captions += texts(cells["caption"])
     for clip, row in rows.items():
+        row.captions = joined(row.captions)
         files.give(row, [clip, clip.removeprefix("Y")])
         video = row.extra.get("recording")
         if video in held_out:

@@ -22,20 +22,26 @@ class AudioFiles:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise InputError(f"no audio folder {folder}: correct the path")
-        self._by_stem: dict[str, str] = {}
+        self._by_stem: dict[str, list[str]] = {}
         for place, folders, files in os.walk(folder):
             folders.sort()
             for name in sorted(files):
                 stem, extension = os.path.splitext(name)
                 if extension.lower() in EXTENSIONS:
-                    self._by_stem.setdefault(stem, os.path.relpath(os.path.join(place, name), folder))
+                    path = os.path.relpath(os.path.join(place, name), folder)
+                    self._by_stem.setdefault(stem, []).append(path)
         if not self._by_stem:
             raise InputError(f"no audio file ({', '.join(EXTENSIONS)}) below {folder}: unpack them or correct the path")
 
     def give(self, row: Row, names: Sequence[str]) -> None:
-        """Set the row's audio to the file with the first of the names, without extension, that there is one of."""
+        """Set the row's audio to the file with the first of the names, without extension, that there is one of.
+
+        A row with none, or with several of which nobody says which one is meant, is refused.
+        """
         found = next((name for name in names if name in self._by_stem), None)
         if found is None:
             row.audio, row.refused = names[0], f"no audio file is called {' or '.join(dict.fromkeys(names))}"
         else:
-            row.audio = self._by_stem[found]
+            row.audio, *others = self._by_stem[found]
+            if others:
+                row.refused = f"several audio files are called {found}, such as {row.audio} and {others[0]}"

@@ -72,6 +72,16 @@ def test_audiocaps_joins_the_captions_of_a_cut_and_finds_its_file_under_any_usua
     )
 
 
+def test_two_files_of_one_name_are_told_and_not_guessed_between(tmp_path):
+    audio = record(tmp_path / "audio", "cuts/aaaaaaaaaaa_30.wav", "old/aaaaaaaaaaa_30.flac", "old/bbbbbbbbbbb_0.wav")
+    header = "audiocap_id,youtube_id,start_time,caption\n"
+    table = write(tmp_path / "test.csv", f"{header}1,aaaaaaaaaaa,30,a\n2,bbbbbbbbbbb,0,b\n")
+    first, second = READERS["audiocaps"](table, audio)
+    files = "cuts/aaaaaaaaaaa_30.wav and old/aaaaaaaaaaa_30.flac"
+    assert first.refused == f"several audio files are called aaaaaaaaaaa_30, such as {files}"
+    assert (second.audio, second.refused) == ("old/bbbbbbbbbbb_0.wav", "")
+
+
 def test_audiosetcaps_ids_have_a_y_in_audioset_alone(tmp_path):
     audio = record(tmp_path / "audio", "---1_cCGK4M.wav", "YAbCdEfGhIjK.flac", "OxPnZzn1_L8_000883.wav")
     table = write(
