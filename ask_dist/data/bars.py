@@ -1,7 +1,8 @@
-"""Progress bars of long work on clips."""
+"""Progress of long work on clips: bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+PLAIN_SECONDS = 30.0
+
 
 class RateColumn(ProgressColumn):
     """Clips a second, lately."""
@@ -29,13 +32,21 @@ class RateColumn(ProgressColumn):
 
 @contextmanager
 def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage, with rate and time left; what it yields is called with a stage's name, done and in all."""
+    """A bar for each stage, with rate and time left; what it yields is called with a stage's name, done and in all.
+
+    Where there is no terminal (a job's log), the stage at work tells how far it is, every `PLAIN_SECONDS`.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     tasks = {}
+    told = time.monotonic()
     with progress:
 
         def update(stage: str, done: int, total: int) -> None:
+            nonlocal told
+            if not console.is_terminal and time.monotonic() - told >= PLAIN_SECONDS:
+                told = time.monotonic()
+                console.print(f"{stage}: {done:,} of {total:,} ({done / total:.0%})", highlight=False)
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
             progress.update(tasks[stage], completed=done, total=total)
