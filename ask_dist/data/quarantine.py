@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,8 @@ class BadSamples:
     """The bad samples that a loader met.
 
     Attributes:
-        file: gets a line for each new record as soon as it is met, so that a run that ends early has named them; None
-            for no file. Several processes may share one.
+        file: gets a line for each new record as soon as it is met, so that a run that ends early has named them, but
+            for those that an earlier start has named; None for no file. Several processes may share one.
         delivered: samples delivered so far, bad ones included.
         count: how many of them were bad.
         records: {"shard", "key", "reason"}, each once; the key is "" where a shard as a whole is meant.
@@ -31,6 +31,10 @@ class BadSamples:
     count: int = 0
     records: list[Record] = field(default_factory=list)
     _met: set[tuple[str, ...]] = field(default_factory=set, repr=False)
+    _named: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        self._named.update(_lines(self.file))
 
     def note(self, delivered: int, bad: Sequence[Record], notices: Sequence[Record] = ()) -> None:
         """Count a batch; `notices` are named as `bad` is, but are no samples.
@@ -47,8 +51,9 @@ class BadSamples:
             if len(self._met) > known:
                 new.append(record)
         self.records += new
-        if new and self.file is not None:
-            _append(self.file, new)
+        lines = [line for line in map(_line, new) if line not in self._named]
+        if lines and self.file is not None:
+            _append(self.file, lines)
 
 
 def write_quarantine(path: Path, records: Iterable[Record]) -> list[Record]:
@@ -60,15 +65,20 @@ def write_quarantine(path: Path, records: Iterable[Record]) -> list[Record]:
     Raises:
         OSError: the file can't be written.
     """
-    earlier = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    lines = list(dict.fromkeys([*filter(_is_record, earlier), *map(_line, records)]))
+    lines = list(dict.fromkeys([*_lines(path), *map(_line, records)]))
     if lines:
         write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     return [json.loads(line) for line in lines]
 
 
-def _append(path: Path, records: Iterable[Record]) -> None:
-    text = "".join(f"{_line(record)}\n" for record in records).encode()
+def _lines(path: Path | None) -> Iterator[str]:
+    """The whole lines of a file, if it is there."""
+    if path is not None and path.is_file():
+        yield from filter(_is_record, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+
+
+def _append(path: Path, lines: Iterable[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines).encode()
     with writing(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -34,6 +34,15 @@ def test_ranks_share_a_file_and_a_resumed_run_keeps_it(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == whole
 
 
+def test_a_restarted_run_names_nothing_anew(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    BadSamples(path).note(2, [record("x"), record("y")])
+    again = BadSamples(path)
+    again.note(3, [record("y"), record("x"), record("z")])
+    assert again.records == [record("y"), record("x"), record("z")]
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["x", "y", "z"]
+
+
 def test_a_run_without_bad_samples_has_no_file(tmp_path: Path) -> None:
     assert write_quarantine(tmp_path / "quarantine.jsonl", []) == []
     assert not list(tmp_path.iterdir())
