@@ -165,11 +165,13 @@ def test_a_killed_decoding_process_changes_nothing(tones: Path, whole: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_killed_driver_changes_nothing(tones: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_changes_nothing_nor_do_other_decoding_processes_from_then_on(
+    tones: Path, whole: Path, tmp_path: Path
+) -> None:
     process = start(tones, tmp_path)
     wait_for_step(process, tmp_path, KILL_AT)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    run = finish(start(tones, tmp_path, "--resume"), tmp_path)
+    run = finish(start(tones, tmp_path, "--resume", "data.loader_processes=1"), tmp_path)
     check_audit(run, repeated=True)
     check_equal(run, whole)
