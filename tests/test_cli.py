@@ -240,7 +240,14 @@ def test_check_looks_into_some_of_very_many_shards(config, tmp_path, capsys):
     assert run("check", config, f"data.train={tmp_path / 'many'}", f"data.test={tmp_path / 'test'}") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "64 of 70 training shards are looked into; all of them: in the run," in told
+    assert run("check", config, f"data.train={tmp_path / 'many'}", f"data.held_out=[{tmp_path / 'test'}]") == 0
+    assert "train-000069.tar noise-69: held out: its key is in held_out" in " ".join(capsys.readouterr().out.split())
     assert "train-000069.tar noise-69: held out: its key is in test" in told
+
+
+def test_check_wants_what_is_held_out_to_be_there(config, refused):
+    assert "no folder /nowhere" in refused("check", config, "data.held_out=[/nowhere]")
+    assert "name at least one folder" in refused("check", config, "data.held_out=[]")
 
 
 def test_check_names_what_cannot_be_held_out(config, tmp_path, tones, capsys):

@@ -276,8 +276,10 @@ def test_what_augmentation_and_cached_embeddings_cannot_do_is_refused():
 
 
 def test_fingerprints_need_something_to_be_compared_with():
-    assert "data.test, which are null" in refusal("data.fingerprints=true", "data.validation=null", "data.test=null")
-    for split in ("validation", "test"):
+    assert "data.held_out, which are null" in refusal(
+        "data.fingerprints=true", "data.validation=null", "data.test=null"
+    )
+    for split in ("validation", "test", "held_out"):
         assert parse("data.fingerprints=true", f"data.{split}=shards/x").data.fingerprints
 
 

@@ -54,7 +54,7 @@ class Config(Section):
         """The same run with absolute paths, for processes that have another working folder."""
         tree = self.model_dump(mode="json")
         tree["output_dir"] = str(self.output_dir.absolute())
-        for key in ("train", "validation", "test", "cache_dir"):
+        for key in ("train", "validation", "test", "held_out", "cache_dir"):
             tree["data"][key] = _anchored(getattr(self.data, key))
         for tower in (tree["model"]["audio"], tree["model"]["text"]):
             if tower["source"] is not None and Path(tower["source"]).exists():  # else the id of a hub
@@ -156,10 +156,11 @@ def _check_inputs(config: Config) -> None:
     sources = len(config.data.train) if isinstance(config.data.train, tuple) else 1
     if config.data.weights is not None and len(config.data.weights) != sources:
         raise ValueError(f"data.weights has {len(config.data.weights)} numbers for {sources} entries of data.train")
-    if config.data.fingerprints and config.data.validation is None and config.data.test is None:
+    data = config.data
+    if data.fingerprints and data.validation is None and data.test is None and data.held_out is None:
         raise ValueError(
-            "data.fingerprints=true compares with data.validation and data.test, which are null; name one of them, or "
-            "set it to false"
+            "data.fingerprints=true compares with data.validation, data.test and data.held_out, which are null; name "
+            "one of them, or set it to false"
         )
     _check_lengths(config)
     masked = max(config.augment.time_mask, config.augment.frequency_mask)

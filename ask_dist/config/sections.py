@@ -63,6 +63,9 @@ class Data(Section):
     )
     validation: Place | None = None
     test: Place | None = None
+    held_out: Places | None = Field(
+        None, description="further shards that nothing may learn from, such as those that later tests are on"
+    )
     sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = Field(16000, description="Hz")
     clip_seconds: Annotated[float, Field(ge=0.1)] = 4.0
     length_step: Annotated[float, Field(ge=0.1)] | None = Field(

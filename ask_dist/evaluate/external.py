@@ -62,9 +62,9 @@ class BankedClip(BaseModel):
 def build(run_dir: Path, corpus: Path | str, folder: Path, console: Console) -> Path:
     """Encodes a corpus with a run's model, a row a clip; its text is the mean of its captions at unit length.
 
-    Clips of the run's validation and test splits are left out, by their keys, sounds and recordings, with its
-    `data.fingerprints` also what sounds like them; of captions alone those that read as one of theirs.
-    `quarantine.jsonl` in the folder names what was left out.
+    Clips of the run's validation and test splits, and of its `data.held_out`, are left out, by their keys, sounds and
+    recordings, with its `data.fingerprints` also what sounds like them; of captions alone those that read as one of
+    theirs. `quarantine.jsonl` in the folder names what was left out.
 
     Args:
         run_dir: a finished run.
@@ -213,14 +213,15 @@ def search(
 
 
 def _held_out(config: Config, console: Console) -> HeldOut:
-    """The run's validation and test clips, which the bank must not hold; what can't be read here is named."""
+    """What the run must not learn from, and so the bank must not hold; what can't be read here is named."""
     splits: dict[str, ShardList] = {}
-    for split, place in (("validation", config.data.validation), ("test", config.data.test)):
+    data = config.data
+    for split, place in (("validation", data.validation), ("test", data.test), ("held_out", data.held_out)):
         try:
             splits |= {split: ShardList.load(place, cache=cache_of(config))} if place is not None else {}
         except InputError as error:
             console.print(f"[yellow]warning:[/] not checked against the {split} split: {escape(str(error))}")
-    held_out = HeldOut.of(splits, fingerprints=config.data.fingerprints, max_clip_seconds=config.data.max_clip_seconds)
+    held_out = HeldOut.of(splits, fingerprints=data.fingerprints, max_clip_seconds=data.max_clip_seconds)
     for warning in held_out.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     return held_out

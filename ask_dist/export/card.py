@@ -46,7 +46,7 @@ def published(config: Config) -> Config:
     """The same run without the places of its files on this machine: of data and sources the last two parts stay."""
     tree = config.model_dump(mode="json")
     tree["output_dir"] = "runs"
-    for split in ("train", "validation", "test"):
+    for split in ("train", "validation", "test", "held_out"):
         tree["data"][split] = _tail(tree["data"][split])
     tree["data"]["cache_dir"] = tree["model"]["from"] = tree["bank"]["from"] = None
     for tower in ("audio", "text"):

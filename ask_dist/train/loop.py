@@ -127,7 +127,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
 def load_shards(config: Config) -> dict[str, ShardList]:
     """The shard list of each split that the configuration names."""
     data, cache = config.data, cache_of(config)
-    held_out = {"validation": data.validation, "test": data.test}
+    held_out = {"validation": data.validation, "test": data.test, "held_out": data.held_out}
     return {"train": ShardList.load(data.train, data.weights, cache)} | {
         split: ShardList.load(place, cache=cache) for split, place in held_out.items() if place is not None
     }

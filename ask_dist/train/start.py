@@ -130,7 +130,7 @@ def _refuse_held_out(folder: Path, state: State, held_out: HeldOut) -> None:
     if unnamed and held_out.keys:
         raise InputError(
             f"bank.from={folder} holds {unnamed} captions whose words are not in its clips.jsonl, to be compared with "
-            "those of data.validation and data.test; build it again"
+            "those of data.validation, data.test and data.held_out; build it again"
         )
     ids, sounds = set(state["ids"].tolist()), {sound.hex() for sound in held_out.sounds}
     rows = [clip for row, clip in banked.items() if row in ids]
@@ -139,14 +139,14 @@ def _refuse_held_out(folder: Path, state: State, held_out: HeldOut) -> None:
     captions = [clip.captions[0] for clip in rows if clip.is_caption and words(clip.captions[0]) in held_out.captions]
     if clips:
         raise InputError(
-            f"bank.from={folder} holds {len(clips)} clips of data.validation or data.test; build it again without "
-            "them, or test on others"
+            f"bank.from={folder} holds {len(clips)} clips of data.validation, data.test or data.held_out; build it "
+            "again without them, or test on others"
         )
     if captions:
         quoted = ", ".join(map(repr, captions[:NAMED]))
         raise InputError(
-            f"bank.from={folder} holds {len(captions)} captions without audio that data.validation or data.test has "
-            f"({quoted}); build it again without them, or test on others"
+            f"bank.from={folder} holds {len(captions)} captions without audio that data.validation, data.test or "
+            f"data.held_out has ({quoted}); build it again without them, or test on others"
         )
 
 

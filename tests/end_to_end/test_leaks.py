@@ -1,4 +1,4 @@
-"""A run whose training clips sound like its test clips."""
+"""A run whose training clips sound like those that are held out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.end_to_end.command import ask_dist
 from tests.end_to_end.conftest import RATE, configuration
 
 pytestmark = pytest.mark.ray
+HELD_OUT = {"test": 5, "held_out": 50}  # the training clip that a split has a cut of
 
 
 def noise(number: int, seconds: float = 2.0) -> Clip:
@@ -23,13 +24,19 @@ def noise(number: int, seconds: float = 2.0) -> Clip:
 
 
 @pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_both_workers_refuse_what_sounds_like_a_test_clip_and_the_report_counts_it(tmp_path: Path, cached: bool):
+def test_both_workers_refuse_what_sounds_like_a_held_out_clip_and_the_report_counts_it(tmp_path: Path, cached: bool):
     write_shards(map(noise, range(64)), tmp_path / "train", "train", clips_per_shard=16)
     write_shards(map(noise, range(100, 108)), tmp_path / "validation", "validation")
-    cut = [Clip(f"cut-{n}", 0.3 * noise(n).audio[4000:], RATE, (f"cut number {n}",)) for n in (5, 50)]
-    write_shards([*cut, *map(noise, range(200, 206))], tmp_path / "test", "test")
+    for split, number in HELD_OUT.items():
+        cut = Clip(f"cut-{number}", 0.3 * noise(number).audio[4000:], RATE, (f"cut number {number}",))
+        write_shards([cut, *map(noise, range(200, 206))], tmp_path / split, split)
     config = configuration(tmp_path, tmp_path / "runs")
-    config["data"] |= {"fingerprints": True, "clip_seconds": 2.0, "max_bad_share": 0.5}
+    config["data"] |= {
+        "held_out": [str(tmp_path / "held_out")],
+        "fingerprints": True,
+        "clip_seconds": 2.0,
+        "max_bad_share": 0.5,
+    }
     config["optimization"] |= {"epochs": 2, "micro_batch_size": 8}
     if cached:
         config["data"] |= {"cache_embeddings": True}
@@ -44,7 +51,7 @@ def test_both_workers_refuse_what_sounds_like_a_test_clip_and_the_report_counts_
     run = tmp_path / "runs" / "tones"
     named = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
     assert {record["key"]: record["reason"] for record in named} == {
-        f"noise-{n}": f"held out: it sounds like test as cut-{n}" for n in (5, 50)
+        f"noise-{number}": f"held out: it sounds like {split} as cut-{number}" for split, number in HELD_OUT.items()
     }
     report = json.loads((run / "report.json").read_text())
     assert (report["quarantine"]["count"], report["quarantine"]["leaks"]) == (2, 2)

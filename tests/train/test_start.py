@@ -79,7 +79,9 @@ def test_what_does_not_fit_is_named(run, bank, override, line):
 def test_a_bank_of_clips_that_the_run_is_tested_on_is_refused(run, bank, tmp_path):
     tested = noise_corpus(tmp_path / "test", 3)
     check(run, None, f"data.test={tested}")
-    with pytest.raises(InputError, match=r"holds 3 clips of data\.validation or data\.test; build it again"):
+    with pytest.raises(
+        InputError, match=r"holds 3 clips of data\.validation, data\.test or data\.held_out; build it again"
+    ):
         check(run, bank, f"data.test={tested}")
 
 
@@ -88,7 +90,9 @@ def test_so_is_one_of_their_sounds_under_other_keys(corpus, run, bank, tmp_path)
     (raw, *_) = read_shard(shards.paths[0], 3, 1)
     renamed = Clip("renamed", open_clip(raw, RATE)[0], RATE, ("no such words",))
     write_shards([renamed], tmp_path / "test", "test")
-    with pytest.raises(InputError, match=r"holds 1 clips of data\.validation or data\.test; build it again"):
+    with pytest.raises(
+        InputError, match=r"holds 1 clips of data\.validation, data\.test or data\.held_out; build it again"
+    ):
         check(run, bank, f"data.test={tmp_path / 'test'}")
 
 
@@ -99,8 +103,9 @@ def test_so_is_another_cut_of_their_recordings(run, tmp_path):
         write_shards([cut], tmp_path / split, split)
     build(run, tmp_path / "train", tmp_path / "cuts", Console(quiet=True))
     check(run, tmp_path / "cuts")
-    with pytest.raises(InputError, match=r"holds 1 clips of data\.validation or data\.test; build it again"):
-        check(run, tmp_path / "cuts", f"data.test={tmp_path / 'test'}")
+    for split in ("test", "held_out"):
+        with pytest.raises(InputError, match=r"holds 1 clips of data\.validation, data\.test or data\.held_out; build"):
+            check(run, tmp_path / "cuts", f"data.{split}={tmp_path / 'test'}")
 
 
 def test_so_is_one_of_their_captions_without_audio(run, bank, tmp_path):
