@@ -12,6 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ask_dist.config import Config
 from ask_dist.data.leaks import HeldOut
 from ask_dist.data.places import one_line
+from ask_dist.data.quarantine import BadSamples
 from ask_dist.data.shards import ShardList
 from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
 from ask_dist.evaluate.external import load_corpus
@@ -48,7 +49,7 @@ def reencode(state: TrainState) -> None:
     place, step = state.config.refine.corpus, state.engine.global_step
     corpus = state.shards["train"] if place is None else load_corpus(place, state.config)
     model = state.engine.whole()
-    parts = share_of(corpus, model, state.config, state.rank, state.world_size, state.held_out)
+    parts = share_of(corpus, model, state.config, state.rank, state.world_size, state.held_out, state.loader.bad)
     put_parts(state.knowledge, parts, step, deterministic=state.config.optimization.deterministic)
 
 
@@ -82,10 +83,12 @@ def share_of(
     rank: int,
     world_size: int,
     held_out: HeldOut,
+    bad: BadSamples,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Part by part, as many on every rank, what this rank encodes: ids int64 [n], audio and text float32 [n, dim].
 
-    What is held out is left out; so are clips that can't be read, whose rows in the bank stay as they are.
+    What is held out is left out; so are clips that can't be read, whose rows in the bank stay as they are. Such clips
+    are named in `bad`.
     """
     size = len(corpus) if isinstance(corpus, list) else corpus.clips
     parts = max(1, -(-size // (PART * world_size)))
@@ -96,6 +99,7 @@ def share_of(
             yield caption_rows(model, allowed, config.model.embedding_dim)
             continue
         encoded = encode(model, corpus, config, part, parts * world_size, held_out=held_out)
+        bad.note(0, [], encoded.bad)
         if encoded.bad:
             log.warning("clips that can't be used, the first: %s; their rows stay as they are", encoded.bad[0])
         yield paired_rows(encoded)

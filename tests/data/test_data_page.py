@@ -37,7 +37,8 @@ def write(path: str, *lines: str) -> None:
 
 
 def download() -> None:
-    """Tables as they are published, and a recording for each row. WavCaps' AudioSet has a video of AudioCaps' test."""
+    """Tables as they are published, and a recording for each row. WavCaps has a video of AudioCaps' test and a sound of
+    Clotho's."""
     record(Path("audiocaps/audio"), [f"{video}_30.wav" for video in VIDEOS[:40]])
     for split, videos in {"train": VIDEOS[:24], "val": VIDEOS[24:32], "test": VIDEOS[32:40]}.items():
         rows = [f"{number},{video},30,a noise {number}" for number, video in enumerate(videos)]
@@ -55,7 +56,7 @@ def download() -> None:
         names = [f"{split} {number}.wav" for number in range(8)]
         record(Path(split), names)
         write(f"clotho_captions_{split}.csv", f"file_name,{CAPTIONS}", *(f"{name},a,b,c,d,e" for name in names))
-        told = [f"{name},noise,{2 + number}" for number, name in enumerate(names)]
+        told = [f"{name},noise,{10 + number}" for number, name in enumerate(names)]
         write(f"clotho_metadata_{split}.csv", "file_name,keywords,sound_id", *told)
     record(Path("audioset"), [f"Y{video}.wav" for video in VIDEOS[20:40]])
     write("AudioSetCaps_caption.csv", "id,caption", *(f"Y{video},a noise" for video in VIDEOS[20:40]))
@@ -100,3 +101,4 @@ def test_each_command_for_a_published_corpus_runs(
     }
     warned = " ".join(capsys.readouterr().out.split())
     assert f"its recording, youtube:{VIDEOS[39]}, is in test as audiocaps-{VIDEOS[39]}_30" in warned
+    assert "its recording, freesound:10, is in held_out as clotho-evaluation_0" in warned

@@ -12,6 +12,7 @@ import pytest
 from ask_dist import config as configuration
 from ask_dist.data.leaks import HeldOut, words
 from ask_dist.data.pack import write_shards
+from ask_dist.data.quarantine import BadSamples
 from ask_dist.data.shards import Clip, ShardList, stable_id
 from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import caption_rows, encode, paired_rows
@@ -39,10 +40,13 @@ def by_id(ids: np.ndarray, audio: np.ndarray, text: np.ndarray) -> dict[int, np.
     return dict(zip(ids.tolist(), np.concatenate([audio, text], axis=1), strict=True))
 
 
-def encoded(corpus: ShardList | list[str], run: Path, ranks: int, held_out: HeldOut) -> dict[int, np.ndarray]:
+def encoded(
+    corpus: ShardList | list[str], run: Path, ranks: int, held_out: HeldOut, bad: BadSamples | None = None
+) -> dict[int, np.ndarray]:
     """The rows of all ranks by id, after each is seen to have as many parts."""
     config, model = load_model(run)
-    shares = [list(reencode.share_of(corpus, model, config, rank, ranks, held_out)) for rank in range(ranks)]
+    bad = bad or BadSamples()
+    shares = [list(reencode.share_of(corpus, model, config, rank, ranks, held_out, bad)) for rank in range(ranks)]
     assert len(set(map(len, shares))) == 1
     assert all(len(ids) <= reencode.PART for share in shares for ids, _, _ in share)
     return by_id(
@@ -98,8 +102,13 @@ def test_what_sounds_like_a_held_out_clip_stays_out(run, tmp_path, ranks):
     )
     write_shards([Clip("tested", -0.5 * sounds[3][:-777], 16000, ("a noise",))], tmp_path / "test", "test")
     held_out = HeldOut.of({"test": ShardList.load(tmp_path / "test")}, fingerprints=True)
-    found = encoded(ShardList.load(tmp_path / "new"), run, ranks, held_out)
+    bad = BadSamples()
+    found = encoded(ShardList.load(tmp_path / "new"), run, ranks, held_out, bad)
     assert found.keys() == {stable_id(f"new-{number}") for number in (0, 1, 2, 4)}
+    assert [(record["key"], record["reason"]) for record in bad.records] == [
+        ("new-3", "held out: it sounds like test as tested")
+    ]
+    assert (bad.delivered, bad.count) == (0, 0)  # they are none of the samples that training met
 
 
 def test_captions_that_are_held_out_stay_out(run, monkeypatch):
