@@ -87,7 +87,9 @@ def test_a_run_learns_reports_and_can_be_searched_and_scored(finished: Path, ton
     assert hits[0].stem.removeprefix("01-") in by_sound.stdout  # a clip finds itself
 
 
-def test_a_killed_run_goes_on_with_other_workers_stage_and_bank_and_survives_its_death(config_file: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_with_other_workers_stage_and_bank_and_survives_its_death(
+    config_file: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "runs" / "tones"
     command = [str(Path(sys.executable).with_name("ask-dist")), "train", str(config_file), "optimization.epochs=40"]
     split = [*command, "bank.shards=2", "bank.replicas=2"]
