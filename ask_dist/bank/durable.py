@@ -102,7 +102,8 @@ class DurableBank(Generic[Bank]):
         """`KnowledgeBank.commit`, kept."""
         with self._writing:
             result = self.bank.commit(commit)
-            self._record(commit)
+            if self.bank.takes(commit):  # the journal says nothing of lives
+                self._record(commit)
         return result
 
     def snapshot(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections import Counter
 from typing import Literal, Self
 
@@ -13,7 +14,7 @@ from ask_dist.bank.index import ExactIndex
 from ask_dist.bank.inverted import InvertedIndex
 from ask_dist.bank.messages import EXTERNAL, Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes, unit_rows
-from ask_dist.bank.rows import BLOCK_ROWS, grown
+from ask_dist.bank.rows import BLOCK_ROWS, any_value, grown
 from ask_dist.errors import InputError
 
 # Rows fetched beyond k in the first pass of a search by id. A query always meets itself and now and then another row
@@ -73,7 +74,7 @@ class KnowledgeBank:
         self._meta = {name: np.zeros(0, kind) for name, kind in PER_ROW.items()}
         self._heard = np.zeros(0, bool)  # follows from the rows: those with an audio half
         self._row_of: dict[int, int] = {}
-        self._generation, self._newest_step = 0, 0
+        self._generation, self._newest_step, self._life = 0, 0, uuid.uuid4().hex
         self._prototypes: Prototypes | None = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -186,7 +187,7 @@ class KnowledgeBank:
     def commit(self, commit: Commit) -> CommitResult:
         """Write corrected rows, each only if its version is still the corrected one; begins a new generation.
 
-        Rows come to unit length; rows with a non-finite value are skipped.
+        Rows come to unit length; rows with a non-finite value are skipped, and a commit that it does not take.
 
         Raises:
             InputError: wrong shapes; then nothing is written.
@@ -195,6 +196,8 @@ class KnowledgeBank:
         finite = np.isfinite(commit.audio).all(1) & np.isfinite(commit.text).all(1)
         audio, text = (self._stored(values) for values in (commit.audio, commit.text))
         with self._lock:
+            if not self.takes(commit):
+                return CommitResult(0, len(commit.ids), self._generation)
             rows = self._rows(commit.ids)
             keep = finite & (rows >= 0)
             keep[keep] = self._meta["version"][rows[keep]] == commit.versions[keep]
@@ -203,6 +206,10 @@ class KnowledgeBank:
             if commit.prototypes is not None:
                 self._prototypes = Prototypes(commit.prototypes, self._generation)
             return CommitResult(int(keep.sum()), int((~keep).sum()), self._generation)
+
+    def takes(self, commit: Commit) -> bool:
+        """Whether it is of this life of the bank: versions of another may be the same and mean other rows."""
+        return commit.life in ("", self._life)
 
     def metrics(self) -> dict[str, float]:
         """Sizes and counts since the start: `bank/rows`, `bank/staleness` (mean global steps) and so on."""
@@ -227,6 +234,7 @@ class KnowledgeBank:
         """All that a checkpoint needs, as flat named arrays."""
         with self._lock:
             state: State = {name: np.asarray(value) for name, value in vars(self._copy(self._dtype)).items()}
+            del state["life"]
             state["counts"] = np.array([self._counts[name] for name in COUNTERS])
             if self._prototypes is not None:
                 state["prototypes.generation"] = np.array(self._prototypes.generation)
@@ -276,6 +284,7 @@ class KnowledgeBank:
             text=self._index["text"].rows.copy(dtype),
             generation=self._generation,
             newest_step=self._newest_step,
+            life=self._life,
             **{name: values[: len(self)].copy() for name, values in self._meta.items()},
         )
 
@@ -320,7 +329,7 @@ class KnowledgeBank:
 
     def _note(self, rows: np.ndarray, audio: np.ndarray, frame: int) -> None:
         """After a write: what follows from it."""
-        self._heard[rows] = _heard(audio)
+        self._heard[rows] = any_value(audio)
         self._meta["frame"][rows] = frame
         self._meta["version"][rows] += 1
 
@@ -378,13 +387,6 @@ class KnowledgeBank:
             rows=len(self),
             newest_step=self._newest_step,
         )
-
-
-def _heard(audio: np.ndarray) -> np.ndarray:
-    """Which rows [n, dim] are not all zeros: bool [n]. The first value tells of nearly all of them."""
-    found = audio[:, 0] != 0
-    found[~found] = audio[~found].any(axis=1)
-    return found
 
 
 def _first(scores: np.ndarray, rows: np.ndarray, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,8 @@ class Knowledge:
 class Snapshot:
     """A consistent copy of every row: ids, step, frame, version int64 [n]; audio, text [n, d]; reliability [n].
 
-    `step` is `EXTERNAL` where the run itself never encoded the row.
+    `step` is `EXTERNAL` where the run itself never encoded the row. `life` is of the bank: another one after a restart
+    or a load, when rows may have the same versions again.
     """
 
     ids: np.ndarray
@@ -58,12 +59,14 @@ class Snapshot:
     reliability: np.ndarray
     generation: int
     newest_step: int
+    life: str = ""
 
 
 @dataclass(frozen=True)
 class Commit:
     """Corrected rows: ids int64 [n], audio and text [n, d], the versions int64 [n] that were corrected, and the global
-    step that the corrected rows are valid for. Prototype levels, if given, replace the bank's."""
+    step that the corrected rows are valid for. Prototype levels, if given, replace the bank's. `life` is of the
+    snapshot that was corrected; "": of the bank that it is given to."""
 
     ids: np.ndarray
     audio: np.ndarray
@@ -71,12 +74,13 @@ class Commit:
     versions: np.ndarray
     frame: int
     prototypes: list[tuple[np.ndarray, np.ndarray]] | None = None
+    life: str = ""
 
     @classmethod
     def of_prototypes(cls, prototypes: list[tuple[np.ndarray, np.ndarray]], snapshot: Snapshot) -> Commit:
         """A commit that corrects no row."""
         none = np.zeros(0, np.int64)
-        return cls(none, snapshot.audio[:0], snapshot.text[:0], none, snapshot.newest_step, prototypes)
+        return cls(none, snapshot.audio[:0], snapshot.text[:0], none, snapshot.newest_step, prototypes, snapshot.life)
 
 
 @dataclass(frozen=True)

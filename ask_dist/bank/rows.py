@@ -98,6 +98,13 @@ def _run(positions: np.ndarray) -> slice | np.ndarray:
     return positions
 
 
+def any_value(rows: np.ndarray) -> np.ndarray:
+    """Which rows [n, dim] are not all zeros: bool [n]. The first value tells of nearly all of them."""
+    found = rows[:, 0] != 0
+    found[~found] = rows[~found].any(axis=1)
+    return found
+
+
 def grown(array: np.ndarray, needed: int) -> np.ndarray:
     """The array itself, or a copy at least twice as long if it has fewer than `needed` rows."""
     if needed <= len(array):

@@ -7,7 +7,6 @@ embeddings that travel are as many as in an answer of one bank, whatever the num
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -90,7 +89,7 @@ class KnowledgeShard(KnowledgeBank):
 
     def __init__(self, *arguments, **settings) -> None:
         super().__init__(*arguments, **settings)
-        self._life, self._writes = uuid.uuid4().hex, 0
+        self._writes = 0
         self._written = np.zeros(0, np.int64)  # the write, counted a row, that each row is of
 
     def own_rows(self, ids: np.ndarray) -> OwnRows:

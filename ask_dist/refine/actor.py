@@ -66,6 +66,7 @@ class RefineActor:
         self._lock = threading.RLock()  # the refiners': their state is never read in the middle of a generation
         self._stop = threading.Event()
         self._newest_steps: dict[int, int] = {}
+        self._loads = 0
         self._metrics = {"refine/failures": 0.0, "refine/generations": 0.0}
         self._banks = tuple(banks)
         self._thread = threading.Thread(target=self._loop, name="refine", daemon=True)
@@ -107,6 +108,7 @@ class RefineActor:
         """Continue from `state()`, after the generation in progress if there is one; an empty state begins anew."""
         with self._lock:
             self._refiners, self._samples, self._newest_steps = {}, {}, {}
+            self._loads += 1
             for shard, anchor in itertools.product(range(len(self._banks)), ANCHORS):
                 prefix = self._prefix(shard, anchor)
                 part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -151,10 +153,12 @@ class RefineActor:
             self._stop.wait(max(0.0, rest - (time.monotonic() - started)))
 
     def _generation(self, shard: int, bank: Any) -> None:
-        snapshot = ray.get(bank.snapshot.remote())
+        loads, snapshot = self._loads, ray.get(bank.snapshot.remote())
         if len(snapshot.ids) == 0 or snapshot.newest_step == self._newest_steps.get(shard):
             return
         with self._lock:
+            if loads != self._loads:  # put back meanwhile, and the bank with it: what it showed is of no use any more
+                return
             commits, reports = self._refined(shard, snapshot)
         for commit in commits:
             ray.get(bank.commit.remote(commit))

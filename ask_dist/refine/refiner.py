@@ -283,7 +283,7 @@ def _commit(snapshot: Snapshot, audio: _Correction, text: _Correction) -> Commit
         _values(stored, correction, rows) for stored, correction in ((snapshot.audio, audio), (snapshot.text, text))
     ]
     frame = min(correction.frame for correction in applied)
-    return Commit(snapshot.ids[rows], values[0], values[1], snapshot.version[rows], frame)
+    return Commit(snapshot.ids[rows], values[0], values[1], snapshot.version[rows], frame, life=snapshot.life)
 
 
 def _values(stored: np.ndarray, correction: _Correction, rows: np.ndarray) -> np.ndarray:

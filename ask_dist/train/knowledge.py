@@ -201,11 +201,13 @@ def load_actors(actors: Actors, folder: Path | None) -> None:
     A bank that was saved in another number of shards is split anew; the refiner then begins anew.
     """
     banks, shards = [] if folder is None else checkpoint.bank_folders(folder), len(actors.bank)
-    if actors.refiner is not None:  # first: a generation that workers who died had asked for must not meet the new bank
-        fits = folder is not None and len(banks) == shards
-        _put_back(actors.refiner, checkpoint.load_arrays(folder, "refiner") if folder is not None and fits else {})
+    if actors.refiner is not None:  # a generation that workers who died had asked for must not meet the new bank
+        _put_back(actors.refiner, {})
     for call in [primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)]:
         answer(call)
+    if actors.refiner is not None:  # by its clock it has gone on with the old bank until now
+        fits = folder is not None and len(banks) == shards
+        _put_back(actors.refiner, checkpoint.load_arrays(folder, "refiner") if folder is not None and fits else {})
 
 
 def refiner_state(refiner: Any, deterministic: bool = False) -> dict[str, np.ndarray]:

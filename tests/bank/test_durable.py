@@ -118,6 +118,15 @@ def test_a_bank_that_is_killed_at_200_points_loses_nothing_that_it_acknowledged(
     assert len(snapshots) > 10
 
 
+def test_a_commit_that_is_refused_is_not_replayed(start, tmp_path):
+    bank = start()
+    for number in range(6):
+        write(bank, number)
+    seen = bank.bank.snapshot()
+    bank.commit(Commit(seen.ids, -seen.audio, -seen.text, seen.version, 9, life="another"))
+    assert same(recovered(tmp_path / "bank"), replay(6))
+
+
 def test_what_was_written_comes_back(start, tmp_path):
     bank = start()
     for number in range(50):

@@ -166,6 +166,22 @@ def test_a_commit_never_overwrites_a_newer_row(rng):
     assert bank.metrics()["bank/staleness"] == pytest.approx(290 * 10 / 300)
 
 
+def test_a_commit_of_another_life_changes_nothing_although_ids_and_versions_are_the_same(rng):
+    """As of a bank that died, began anew and was filled again while the refiner was at work."""
+    bank, ids, audio, text = filled_bank(rng)
+    seen, corrected = bank.snapshot(), unit(rng, 300)
+    levels = [(corrected[:4], corrected[:4])]
+    late = Commit(seen.ids, corrected, corrected, seen.version, 20, levels, life=seen.life)
+    again = KnowledgeBank(DIM, capacity=1000, dtype="float32")
+    again.upsert(ids, audio, text, None, step=5)
+    np.testing.assert_array_equal(again.snapshot().version, seen.version)
+    result = again.commit(late)
+    assert (result.applied, result.skipped, result.generation) == (0, 300, 0)
+    np.testing.assert_array_equal(again.snapshot().audio, audio)
+    assert again.prototypes is None
+    assert bank.commit(late).applied == 300
+
+
 def test_a_commit_of_unknown_or_broken_rows_skips_them(rng):
     bank, ids, audio, _ = filled_bank(rng)
     corrected = unit(rng, 2)

@@ -240,6 +240,28 @@ def test_a_checkpoint_goes_without_a_refiner_that_is_dead_or_hangs_which_begins_
     assert link.last_metrics()["bank/rows"] == 0
 
 
+def test_a_refiner_that_is_put_back_keeps_nothing_of_the_bank_that_was_replaced(started, tmp_path):
+    """It goes by its clock: what it saw before the bank was put back it finishes after it was put back itself."""
+    refine = {"strategy": "linear", "interval": 0.05, "minimum_fresh": 16, "cpu_share": 1.0}
+    link, actors = started({"optimization": {"deterministic": False}, "refine": refine})
+    rows = unit_rows(np.random.default_rng(9).normal(size=(ROWS, DIM))).astype(np.float32)
+    (primary,) = actors.primaries.values()
+    link.put(np.arange(ROWS), rows, rows, 3)
+    wait_for(lambda: (refiner_state(actors.refiner).get("generation.source.audio.step", np.zeros(1)) == 3).all())
+    arrays, banks = {"refiner": refiner_state(actors.refiner)}, {"bank": partial(save_bank, primary)}
+    checkpoint.save(tmp_path, engine={}, arrays=arrays, banks=banks, global_step=3, samples_seen=9, lineage="same")
+    link.put(np.arange(ROWS), rows[::-1], rows, 50)
+    os.kill(process := process_of(primary), signal.SIGSTOP)
+    going_on = threading.Timer(1.0, os.kill, (process, signal.SIGCONT))
+    going_on.start()  # by then the refiner has asked for the rows of step 50, and the bank is to be put back
+    load_actors(actors, tmp_path)
+    going_on.join()
+    time.sleep(1.0)  # some generations
+    assert refiner_state(actors.refiner)["generation.source.audio.step"].max() == 3
+    link.put(np.arange(ROWS // 2), rows[: ROWS // 2], rows[: ROWS // 2], 4)
+    wait_for(lambda: link.last_metrics().get("refine/fresh") == ROWS // 2)
+
+
 def process_of(actor) -> int:
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
