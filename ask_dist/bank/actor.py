@@ -148,18 +148,32 @@ class BankActor:
         mark, reached = Mark(), True
         while True:
             try:
-                changes = ray.get(ray.get_actor(primary).changes.remote(mark))
-                if changes.restart:
-                    self._bank = self._made({})
-                self._bank.follow(changes)
-                mark, reached = changes.mark, True
-                if changes.more:
-                    continue
+                mark, reached = self._caught_up(ray.get_actor(primary), mark), True
             except Exception:  # what it holds goes on being searched
                 if reached:
                     log.warning("the primary does not say what was written; it is asked again", exc_info=True)
                 reached = False
             time.sleep(FOLLOW_SECONDS)
+
+    def _caught_up(self, primary: Any, mark: Mark) -> Mark:
+        """Take over what the primary has beyond a mark, all of it at once: no search meets half of a commit.
+
+        Of another life of the primary a whole bank is made aside, and put in the place of the one that is searched.
+        """
+        bank, parts, more = self._bank, list[Changes](), True
+        while more:
+            changes = ray.get(primary.changes.remote(mark))
+            mark, more = changes.mark, changes.more
+            if changes.restart:
+                bank, parts = KnowledgeShard(**self._settings), []
+            parts.append(changes)
+            if not more or bank is not self._bank:  # what nobody searches yet need not be whole
+                bank.follow(parts)
+                parts = []
+        if len(bank) < len(self._bank):
+            log.warning("the primary began anew with %d rows: the %d that were held go", len(bank), len(self._bank))
+        self._bank = bank
+        return mark
 
     def _maintain(self, pause: float) -> None:
         while True:

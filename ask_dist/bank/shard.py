@@ -154,17 +154,21 @@ class KnowledgeShard(KnowledgeBank):
             last = int(self._written[rows[-1]]) if len(rows) else since
         return Changes(Mark(self._life, last), restart, more, state)
 
-    def follow(self, changes: Changes) -> None:
-        """Take over what was written elsewhere, whatever is held of these rows."""
-        rows = changes.rows
+    def follow(self, parts: Sequence[Changes]) -> None:
+        """Take over what was written elsewhere, whatever is held of these rows.
+
+        Args:
+            parts: in order, up to one that leaves no more: together they are the other bank at the moment of the last.
+        """
         with self._lock:
-            at = self._rows(rows["ids"])
-            at = self._with_new_rows(rows["ids"], at, np.ones(len(at), bool))
-            self._write(at, rows["audio"], rows["text"], 0)
-            for name in PER_ROW:
-                self._meta[name][at] = rows[name]
-            self._generation = int(rows["generation"])
-            self._newest_step = max(self._newest_step, int(rows["newest_step"]))
+            for rows in (changes.rows for changes in parts):
+                at = self._rows(rows["ids"])
+                at = self._with_new_rows(rows["ids"], at, np.ones(len(at), bool))
+                self._write(at, rows["audio"], rows["text"], 0)
+                for name in PER_ROW:
+                    self._meta[name][at] = rows[name]
+                self._generation = int(rows["generation"])
+                self._newest_step = max(self._newest_step, int(rows["newest_step"]))
 
     def _own(self, rows: np.ndarray) -> OwnRows:
         stored = {name: index.rows.take(rows) for name, index in self._index.items()}

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import ray
 
-from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.actor import BankActor, RemoteBankActor
 from ask_dist.bank.client import BankClient
 from ask_dist.bank.memory import KnowledgeBank
+from ask_dist.bank.messages import Commit
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.bank.service import BankService
+from ask_dist.bank.shard import CHANGES
 
 pytestmark = pytest.mark.ray
 DIM, ROWS = 16, 300
+MANY = CHANGES + 5000  # more than a replica is sent at a time
 SETTINGS = {"dim": DIM, "capacity": ROWS, "dtype": "float16"}
 
 
@@ -32,13 +35,13 @@ def rows(rng):
 def start_shards(local_ray):
     started = []
 
-    def start(shards: int, replicas: int = 1) -> list[list]:
-        handles = []
+    def start(shards: int, replicas: int = 1, **settings) -> list[list]:
+        handles, settings = [], SETTINGS | settings
         for _ in range(shards):
             name = f"primary-{uuid.uuid4().hex}"
-            actors = [RemoteBankActor.options(num_cpus=0, name=name).remote(neighbours=4, **SETTINGS)]
+            actors = [RemoteBankActor.options(num_cpus=0, name=name).remote(neighbours=4, **settings)]
             actors += [
-                RemoteBankActor.options(num_cpus=0).remote(neighbours=4, primary=name, **SETTINGS)
+                RemoteBankActor.options(num_cpus=0).remote(neighbours=4, primary=name, **settings)
                 for _ in range(replicas - 1)
             ]
             handles.append(actors)
@@ -129,6 +132,50 @@ def test_readers_turn_from_a_replica_that_died_and_it_fills_itself_again(start_s
     ray.get(actors[0].load.remote([]))  # the bank begins anew: replicas drop what they had
     while ray.get(actors[1].ping.remote()):
         time.sleep(0.02)
+
+
+@pytest.fixture
+def many(rng):
+    audio, text = (unit_rows(rng.normal(size=(MANY, 2))).astype(np.float16) for _ in range(2))
+    return np.arange(MANY), audio, text
+
+
+def test_a_replica_shows_a_commit_whole_or_not_at_all(start_shards, many):
+    ((primary, replica),) = start_shards(1, replicas=2, dim=2, capacity=MANY)
+    ray.get(primary.upsert.remote(*many, None, 100))
+    wait_for_rows([replica], MANY)
+    asked, shown = np.arange(0, MANY, MANY // 50), {100}
+    for frame in range(10, 16):
+        seen = ray.get(primary.snapshot.remote())
+        ray.get(primary.commit.remote(Commit(seen.ids, seen.audio, seen.text, seen.version, frame, life=seen.life)))
+        while 100 - frame not in shown:
+            knowledge = ray.get(replica.search_ids.remote(asked))
+            (age,) = set(knowledge.own_age.tolist())
+            shown.add(age)
+    assert ray.get(replica.metrics.remote())["bank/generation"] == 6
+
+
+def test_a_replica_takes_the_place_of_a_restarted_primary_until_it_has_all_of_the_new_one(
+    start_shards, many, tmp_path, caplog
+):
+    ((primary,),) = start_shards(1, dim=2, capacity=MANY)
+    name = ray.get(primary.__ray_call__.remote(lambda _: ray.get_runtime_context().get_actor_name()))
+    replica, held = BankActor(neighbours=4, primary=name, dim=2, capacity=MANY), set()
+    ray.get(primary.upsert.remote(*many, None, 1))
+    ray.get(primary.save.remote(str(tmp_path)))
+    while not held >= {0, MANY}:
+        held.add(replica.search_ids(many[0][:5]).rows)
+    assert held == {0, MANY}
+    ray.get(primary.load.remote([str(tmp_path)]))
+    ray.get(primary.upsert.remote(*(part[:5] for part in many), None, 2))
+    while replica.search_ids(many[0][:5]).newest_step < 2:
+        held.add(replica.search_ids(many[0][:5]).rows)
+    assert held == {0, MANY}
+    assert caplog.messages == []
+    ray.get(primary.load.remote([]))
+    while replica.ping():
+        time.sleep(0.02)
+    assert f"the primary began anew with 0 rows: the {MANY} that were held go" in caplog.messages
 
 
 def test_a_dead_shards_replica_answers_for_it(start_shards, rows):

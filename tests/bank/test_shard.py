@@ -92,13 +92,14 @@ def test_a_replica_follows_a_few_rows_at_a_time(rng, monkeypatch):
         written(rng, [primary], 4)
         seen = primary.snapshot()
         primary.commit(Commit(seen.ids[::3], *rng.normal(size=(2, len(seen.ids[::3]), DIM)), seen.version[::3], 3))
-        more = True
-        while more:
+        parts = []
+        while not parts or parts[-1].more:
             changes = primary.changes(mark)
             assert changes.restart == (mark == Mark())
             assert len(changes.rows["ids"]) <= 16
-            replica.follow(changes)
-            mark, more, sent = changes.mark, changes.more, sent + len(changes.rows["ids"])
+            parts.append(changes)
+            mark, sent = changes.mark, sent + len(changes.rows["ids"])
+        replica.follow(parts)
         ids = np.arange(IDS) * 7 - 3
         expected, answer = primary.search_ids(ids[:7], 4), replica.search_ids(ids[:7], 4)
         order = np.argsort(answer.ids)
