@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,10 +103,12 @@ def write(
 
     Raises:
         DiskError: the disk is full or can't be written.
+        Exception: whatever `banks` raise.
     """
     parent = run_dir / FOLDER
-    folder, unfinished = parent / f"checkpoint_{global_step:09d}", parent / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    folder, aside = parent / f"checkpoint_{global_step:09d}", parent / UNFINISHED
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    unfinished = aside / uuid.uuid4().hex  # its own: a bank that hung may still write into that of an earlier attempt
     try:
         with writing(folder):
             unfinished.mkdir(parents=True)
@@ -123,7 +126,7 @@ def write(
                 shutil.rmtree(folder)
             unfinished.rename(folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     # Later ones are damaged, or this run would have gone on from them. They are overwritten when it gets there.
     earlier = [path for path in _checkpoints(run_dir) if path.name < folder.name]
     for outdated in earlier[: max(0, len(earlier) + 1 - keep)]:

@@ -27,6 +27,7 @@ from ask_dist.train import checkpoint
 MINIMUM_ANSWERS = 50
 REFINER_SECONDS = 60.0
 HUNG_SECONDS = 10.0
+SAVE_SECONDS = 60.0  # between two looks at whether a bank that is to be saved is alive
 PUT_SECONDS = 60.0  # a bank that died is back within seconds, with rows of its own within some more
 
 log = logging.getLogger(__name__)
@@ -191,8 +192,18 @@ class KnowledgeSource:
 
 
 def save_bank(primary: Any, folder: Path) -> str:
-    """Has a shard of the bank write its snapshot; gives its digest."""
-    return answer(primary.save.remote(str(folder)))
+    """Has a shard of the bank write its snapshot; gives its digest. One that is being restarted is waited for.
+
+    Raises:
+        GetTimeoutError: the bank is alive and says nothing. It may still write into the folder, later.
+    """
+    call = primary.save.remote(str(folder))
+    while True:
+        try:
+            return answer(call, SAVE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            if _says_nothing(primary, SAVE_SECONDS):
+                raise
 
 
 def load_actors(actors: Actors, folder: Path | None) -> None:
@@ -242,11 +253,18 @@ def _put_back(refiner: Any, state: dict[str, np.ndarray]) -> None:
 
 def _end_if_hung(refiner: Any) -> bool:
     """Whether the refiner was alive and said nothing at all, and was ended, so that Ray starts it again."""
-    try:
-        ray.get(refiner.metrics.remote(), timeout=HUNG_SECONDS)  # this it answers beside a generation
-    except ray.exceptions.GetTimeoutError:
+    hangs = _says_nothing(refiner, HUNG_SECONDS)  # its metrics it tells beside a generation
+    if hangs:
         log.warning("the refiner hangs: it is ended, and begins anew")
         ray.kill(refiner, no_restart=False)
+    return hangs
+
+
+def _says_nothing(actor: Any, seconds: float) -> bool:
+    """Whether an actor is alive and does not even tell its metrics within so many seconds."""
+    try:
+        ray.get(actor.metrics.remote(), timeout=seconds)
+    except ray.exceptions.GetTimeoutError:
         return True
     except ray.exceptions.RayError:
         pass

@@ -221,23 +221,31 @@ def evaluate_validation(state: TrainState) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Engine, bank and refiner as they are now. A collective; rank 0 writes and tells Ray Train where."""
+    """Engine, bank and refiner as they are now. A collective; rank 0 writes and tells Ray Train where.
+
+    While the bank hangs there is none: the one before stays, and the next is tried when its time comes.
+    """
     engine = state.engine.state()
     if state.rank != 0:
         report(state)
         return
     refiner, deterministic = state.actors.refiner, state.config.optimization.deterministic
-    folder = checkpoint.write(
-        state.config.run_dir,
-        state.config.optimization.keep_checkpoints,
-        engine=engine,
-        arrays={"refiner": refiner_state(refiner, deterministic)} if refiner is not None else {},
-        banks={name: partial(save_bank, primary) for name, primary in state.actors.primaries.items()},
-        global_step=state.engine.global_step,
-        samples_seen=state.samples_seen,
-        skipped_steps=state.skipped_steps,
-        lineage=state.lineage,
-    )
+    try:
+        folder = checkpoint.write(
+            state.config.run_dir,
+            state.config.optimization.keep_checkpoints,
+            engine=engine,
+            arrays={"refiner": refiner_state(refiner, deterministic)} if refiner is not None else {},
+            banks={name: partial(save_bank, primary) for name, primary in state.actors.primaries.items()},
+            global_step=state.engine.global_step,
+            samples_seen=state.samples_seen,
+            skipped_steps=state.skipped_steps,
+            lineage=state.lineage,
+        )
+    except ray.exceptions.GetTimeoutError:
+        log.warning("no checkpoint at step %d, since the bank hangs: the one before stays", state.engine.global_step)
+        report(state)
+        return
     report(state, ray.train.Checkpoint.from_directory(folder))
 
 

@@ -195,6 +195,37 @@ def test_a_bank_that_hangs_while_it_is_written_to_is_left_alone_until_the_next_t
     assert sorted(set(link.stored_rows(np.arange(10_000)).ids // 1000)) == [0, 1]
 
 
+def test_a_checkpoint_is_left_out_while_the_bank_hangs_and_the_next_is_whole(held, tmp_path, monkeypatch):
+    link, bank, process = held
+    monkeypatch.setattr(knowledge, "SAVE_SECONDS", 0.5)
+
+    def write(step: int) -> list[str]:
+        checkpoint.write(
+            tmp_path,
+            2,
+            engine={"weight": torch.ones(3)},
+            arrays={},
+            banks={"bank": partial(save_bank, bank)},
+            global_step=step,
+            samples_seen=9,
+            lineage="same",
+        )
+        return sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir())
+
+    os.kill(process, signal.SIGCONT)
+    assert write(3) == ["checkpoint_000000003"]
+    os.kill(process, signal.SIGSTOP)
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        write(4)
+    assert [path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()] == ["checkpoint_000000003"]
+    os.kill(process, signal.SIGCONT)  # now it writes the snapshot of step 4, which nobody wants, beside the next one
+    link.put(np.arange(5) + ROWS, *2 * [np.ones((5, DIM), np.float32)], 5)
+    assert write(5)[-2:] == ["checkpoint_000000003", "checkpoint_000000005"]
+    folder = tmp_path / checkpoint.FOLDER / "checkpoint_000000005"
+    checkpoint.load_manifest(folder, "same")
+    assert len(store.load(folder / "bank")["ids"]) == ROWS + 5
+
+
 def test_a_deterministic_step_asks_for_itself_and_ends_with_its_bank(started):
     rows = torch.from_numpy(unit_rows(np.random.default_rng(5).normal(size=(ROWS, DIM))))
     link, actors = started()
