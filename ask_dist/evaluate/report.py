@@ -96,6 +96,8 @@ Series = dict[str, dict[int, float]]
 EXPLAINED = {
     "out_of_batch_gradient_share": "share of the embedding gradient outside the batch's span (GLB)",
     "late_share": "share of knowledge answers that came late or failed",
+    "failures": "generations of the refiner that failed",
+    "given_up": "1 if the refiner ended after too many failures in a row",
     "gradient_norm_ratio": "audio to text gradient norm",
     "samples_per_second": "pairs trained a second",
     "audio_hours_per_second": "hours of audio trained a second",

@@ -67,7 +67,7 @@ class RefineActor:
         self._stop = threading.Event()
         self._newest_steps: dict[int, int] = {}
         self._loads = 0
-        self._metrics = {"refine/failures": 0.0, "refine/generations": 0.0}
+        self._metrics = {"refine/failures": 0.0, "refine/generations": 0.0, "refine/given_up": 0.0}
         self._banks = tuple(banks)
         self._thread = threading.Thread(target=self._loop, name="refine", daemon=True)
         if by_clock:
@@ -80,8 +80,8 @@ class RefineActor:
             self._thread.join()
 
     def metrics(self) -> dict[str, float]:
-        """`refine/generations` and `refine/failures` so far, and the last report's figures as `refine/...`, those of
-        external rows as `refine/external_...`."""
+        """`refine/generations` and `refine/failures` so far, `refine/given_up` (1 once too many in a row ended it), and
+        the last report's figures as `refine/...`, those of external rows as `refine/external_...`."""
         return dict(self._metrics)
 
     def begin(self) -> None:
@@ -151,6 +151,7 @@ class RefineActor:
             used = time.process_time() - cpu
             rest = max(self._interval, used / self._cpu_share, FIRST_PAUSE * 2**failures if failures else 0.0)
             self._stop.wait(max(0.0, rest - (time.monotonic() - started)))
+        self._metrics["refine/given_up"] = float(failures == MAX_FAILURES)
 
     def _generation(self, shard: int, bank: Any) -> None:
         loads, snapshot = self._loads, ray.get(bank.snapshot.remote())

@@ -61,6 +61,7 @@ class KnowledgeSource:
         self._asked = self._missed = 0
         self._polls: dict[Any, Any] = {}
         self._said: dict[Any, dict[str, float]] = {}  # the last metrics of each actor
+        self._complained = False
 
     def exchange(self, ids: Tensor, following: Tensor, step: int, total_steps: int) -> Neighbours | None:
         """What the bank answers for the ids of this step, asked for one step before; asks for those that follow.
@@ -144,6 +145,16 @@ class KnowledgeSource:
                 request = None
             self._polls[actor] = actor.metrics.remote() if request is None else request
         return self._whole_metrics(self._said)
+
+    def take_problem(self) -> str | None:
+        """What is to be told of the refiner, as it last said of itself; once."""
+        if self._complained or not self._said.get(self._actors.refiner, {}).get("refine/given_up"):
+            return None
+        self._complained = True
+        return (
+            "the refiner gave up, since its generations failed one after the other: rows of the bank fade from now on; "
+            "the log of its actor, in Ray's session folder, says why, and --resume starts another"
+        )
 
     def last_metrics(self) -> dict[str, float]:
         """As `metrics`, but waits for what the actors say now; of one that is dead or hangs, what it said last."""

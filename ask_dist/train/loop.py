@@ -193,6 +193,8 @@ def log_step(state: TrainState, values: dict[str, float], samples_per_second: fl
         "data/bad_samples": float(state.loader.bad.count),
     }
     state.log.log(row, state.engine.global_step)
+    if state.knowledge and (problem := state.knowledge.take_problem()):
+        state.log.warn(problem)
 
 
 def evaluate_validation(state: TrainState) -> None:
@@ -243,7 +245,10 @@ def save_checkpoint(state: TrainState) -> None:
             lineage=state.lineage,
         )
     except ray.exceptions.GetTimeoutError:
-        log.warning("no checkpoint at step %d, since the bank hangs: the one before stays", state.engine.global_step)
+        if state.log is not None:
+            state.log.warn(
+                f"no checkpoint at step {state.engine.global_step}, since the bank hangs: the last one stays"
+            )
         report(state)
         return
     report(state, ray.train.Checkpoint.from_directory(folder))

@@ -124,7 +124,8 @@ def test_failures_in_a_row_end_it_visibly(start):
     ray.kill(bank)
     refiner = start(RemoteRefineActor, ["bank-b"], interval=0.0)
     wait_for(lambda: not _is_at_work(refiner))
-    assert ray.get(refiner.metrics.remote())["refine/failures"] == MAX_FAILURES
+    told = ray.get(refiner.metrics.remote())
+    assert (told["refine/failures"], told["refine/given_up"]) == (MAX_FAILURES, 1)
 
 
 def test_killed_in_a_generation_it_leaves_none_half_done_and_goes_on(start, rows, drift):

@@ -293,6 +293,23 @@ def test_a_refiner_that_is_put_back_keeps_nothing_of_the_bank_that_was_replaced(
     wait_for(lambda: link.last_metrics().get("refine/fresh") == ROWS // 2)
 
 
+def test_a_refiner_that_gave_up_is_told_of_once(started):
+    link, actors = started({"optimization": {"deterministic": False}, "refine": {"strategy": "linear"}})
+    while not ray.get(actors.refiner.metrics.remote()):
+        time.sleep(0.05)
+    link.metrics()
+    assert link.take_problem() is None
+    ray.kill(actors.bank[0][0])
+    problem = None
+    while problem is None:
+        time.sleep(0.1)
+        link.metrics()
+        problem = link.take_problem()
+    assert problem.startswith("the refiner gave up, since its generations failed one after the other")
+    assert link.metrics()["refine/given_up"] == 1
+    assert link.take_problem() is None
+
+
 def process_of(actor) -> int:
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
 
