@@ -161,6 +161,25 @@ def trained_file(kind: FileKind, rows: np.ndarray, lists: int, dtype: DTypeLike,
     return file
 
 
+def places(file: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The list that each row of an "ivf_flat" file on the CPU is in, and its place there: int64 [n] twice."""
+    both = faiss.vector_to_array(file.direct_map.array)
+    return both >> 32, both & 0xFFFFFFFF
+
+
+def listed_rows(file: Any, number: int, dtype: DTypeLike) -> np.ndarray:
+    """The rows [n, dim] in a list of an "ivf_flat" file on the CPU, to be read and overwritten."""
+    codes = file.invlists.get_codes(number)
+    size = file.invlists.list_size(number) * file.invlists.code_size
+    return faiss.rev_swig_ptr(codes, size).view(dtype).reshape(-1, file.d)  # type: ignore[attr-defined]
+
+
+def centres(file: Any) -> np.ndarray:
+    """The centres float32 [lists, dim] by which lists are looked up, to be read and overwritten."""
+    flat = faiss.downcast_index(file.quantizer)
+    return faiss.rev_swig_ptr(flat.get_xb(), file.nlist * file.d).reshape(-1, file.d)  # type: ignore[attr-defined]
+
+
 def _gpu_resources() -> Any:
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(GPU_SCRATCH_BYTES)

@@ -13,11 +13,15 @@ from ask_dist.bank.index import (
     MAX_GPU_NEIGHBOURS,
     ExactIndex,
     FileKind,
+    centres,
+    listed_rows,
     merged,
+    places,
     search_rows,
     set_threads,
     trained_file,
 )
+from ask_dist.bank.prototypes import unit_rows
 from ask_dist.bank.rows import BLOCK_ROWS, Rows
 
 LISTS, ROWS_A_LIST = 2.0, 64  # lists a square root of the rows, and rows that a list's centroid is learned from
@@ -38,9 +42,9 @@ class InvertedIndex:
     """Rows with approximate search over them by an inverted file.
 
     Search is exact until `rebuild` was called. A row that is written since is found by its new value all the same:
-    where the file can move rows between its lists it moves at once; where it can't (a product quantizer's codes,
-    anything on a GPU), or where moving would take long, the file's answer for it no longer counts and the row is
-    searched exactly beside the file. Not thread-safe: the owner's lock guards it.
+    where the file can move rows between its lists it moves at once, or, of many rows at once, gets its new value in the
+    list where it is; where the file can't (a product quantizer's codes, anything on a GPU), its answer for the row no
+    longer counts and the row is searched exactly beside it. Not thread-safe: the owner's lock guards it.
 
     Args:
         kind: of the file. probes: lists that a search looks into, until `rebuild` finds that it needs more.
@@ -180,6 +184,8 @@ class InvertedIndex:
     def _keep_up(self, file: InvertedFile, positions: np.ndarray) -> None:
         if len(self._fresh) == 0 and file.moves_quickly(len(positions)):
             file.move(positions, self.rows)
+        elif len(self._fresh) == 0 and file.moves_quickly(file.unknown(positions)):
+            file.overwrite(positions, self.rows)
         elif self._fresh.size_with(positions) <= FRESH_SHARE * len(self.rows):
             positions = distinct([positions])
             self._fresh.write(positions, self.rows.take(positions))
@@ -276,6 +282,29 @@ class InvertedFile:
         for first in range(0, len(known), BLOCK_ROWS):
             block = known[first : first + BLOCK_ROWS]
             self._index.update_vectors(block, rows.take(block))
+        self._append(rows)
+
+    def unknown(self, positions: np.ndarray) -> int:
+        """How many of these it does not hold yet."""
+        return int((positions >= self._index.ntotal).sum())
+
+    def overwrite(self, positions: np.ndarray, rows: Rows) -> None:
+        """Give rows that were written their new values in the lists where they are; new ones are appended.
+
+        A commit moves neighbours alike, so they are found together as before, by the mean of what the list now holds.
+        Where they drift apart, recall tells.
+        """
+        known = positions[positions < self._index.ntotal]
+        lists, place = (values[known] for values in places(self._index))
+        order, middles = np.argsort(lists, kind="stable"), centres(self._index)
+        for chosen in np.split(order, np.flatnonzero(np.diff(lists[order])) + 1) if len(known) else ():
+            number = int(lists[chosen[0]])
+            held = listed_rows(self._index, number, rows.dtype)
+            held[place[chosen]] = rows.take(known[chosen])
+            middles[number] = unit_rows(held.mean(axis=0, dtype=np.float32, keepdims=True))[0]
+        self._append(rows)
+
+    def _append(self, rows: Rows) -> None:
         for first in range(self._index.ntotal, len(rows), BLOCK_ROWS):
             self.add(rows.take(np.arange(first, min(first + BLOCK_ROWS, len(rows)))))
 

@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 
+from ask_dist.bank import inverted
 from ask_dist.bank.inverted import CANDIDATES, FRESH_SHARE, MOVED_AT_ONCE, FreshRows, InvertedIndex
 from ask_dist.bank.prototypes import unit_rows
 
@@ -146,6 +147,26 @@ def test_where_too_much_was_written_search_is_exact_until_the_next_file(rng, loc
         assert found_share(index, rows[:50], rows, 16) == 1.0
         index.rebuild(lock, seed=0, aim=0.0)
         assert index.trained_rows == count
+
+
+@DTYPES
+def test_a_commit_of_all_rows_leaves_them_in_their_lists(rng, lock, dtype, monkeypatch):
+    monkeypatch.setattr(inverted, "MOVED_AT_ONCE", 10 * 126 * 32)  # ten rows
+    rows, turn = clustered(rng, 4010), 0.1 * rng.normal(size=(32, 32)).astype(np.float32)
+    index = InvertedIndex(32, dtype, kind="ivf_flat", probes=4)
+    index.write(np.arange(4000), rows[:4000])
+    reached = index.rebuild(lock, seed=0, aim=0.95)
+    for generation in range(5):
+        rows = unit_rows(rows + rows @ turn + 0.02 * rng.normal(size=rows.shape)).astype(np.float16).astype(np.float32)
+        order = rng.permutation(4000)
+        index.write(order, rows[order])
+        assert (index.trained_rows, index.is_due()) == (4000, False), generation
+        assert found_share(index, rows[:4000:100], rows[:4000], 16) > reached - 0.05
+    index.write(np.arange(3900, 4010), rows[3900:])  # some for the second time, and ten new ones
+    assert (index.search(rows[3900:], 1)[1][:, 0] == np.arange(3900, 4010)).mean() > 0.9
+    index.write(np.arange(4010), clustered(rng, 4010))  # all anew, each somewhere else
+    assert index.has_fallen(index.recall(lock), wanted=0.95)
+    assert index.rebuild(lock, seed=0, aim=0.95) > 0.9
 
 
 @KINDS

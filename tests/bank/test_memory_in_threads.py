@@ -103,10 +103,10 @@ def test_no_answer_mixes_generations_while_rows_move_and_files_are_swapped(kind)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf_flat", "ivf_pq"])
-def test_no_answer_mixes_generations_while_a_thousand_files_are_swapped(kind, monkeypatch):
-    monkeypatch.setattr(inverted, "MOVED_AT_ONCE", 0)  # so that no file can follow what is written
+def test_no_answer_mixes_generations_while_files_are_overwritten_or_swapped_a_thousand_times(kind, monkeypatch):
+    monkeypatch.setattr(inverted, "MOVED_AT_ONCE", 0)
     bank, swapped = swaps(kind, generations=1000, rows=300)
-    assert (swapped, bank.metrics()["bank/inverted_rows"]) == (1000, 300)
+    assert (swapped, bank.metrics()["bank/inverted_rows"]) == (0 if kind == "ivf_flat" else 1000, 300)
     assert bank.metrics()["bank/searches"] > 1000
 
 
