@@ -232,6 +232,7 @@ def _bank_actor(
         inverted_from=config.bank.inverted_from,
         probes=config.bank.probes,
         recall=config.bank.recall,
+        gpu=config.cluster.bank_gpus > 0,
     )
 
 

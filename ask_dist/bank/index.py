@@ -75,6 +75,17 @@ def merged(answers: Iterable[tuple[np.ndarray, np.ndarray]], queries: int, k: in
     return heap.D, heap.I
 
 
+def first_allowed(scores: np.ndarray, rows: np.ndarray, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of each query's rows [n, m] that are not excluded; fewer are filled up with scores of -inf."""
+    scores = np.where(np.isin(rows, excluded), -np.inf, scores).astype(np.float32, copy=False)
+    order = np.argsort(np.isneginf(scores), axis=1, kind="stable")[:, :k]
+    fill = ((0, 0), (0, k - order.shape[1]))
+    return (
+        np.pad(np.take_along_axis(scores, order, 1), fill, constant_values=-np.inf),
+        np.pad(np.take_along_axis(rows, order, 1), fill),
+    )
+
+
 def spherical_kmeans(rows: np.ndarray, clusters: int, seed: int, threads: int = 1) -> np.ndarray:
     """The centroids, float32 [clusters, d] of unit length, that k-means finds among rows [n, d]."""
     set_threads(threads)
@@ -85,17 +96,22 @@ def spherical_kmeans(rows: np.ndarray, clusters: int, seed: int, threads: int = 
     return kmeans.centroids
 
 
+def sees_gpu() -> bool:
+    """Whether FAISS could search on a GPU here."""
+    return faiss.get_num_gpus() > 0
+
+
 class ExactIndex:
     """Rows with exact search over them.
 
-    The host's rows are what callers read; where FAISS sees a GPU a float32 copy lives there, told about every written
-    row, and answers the searches. Not thread-safe: the bank's lock guards it.
+    The host's rows are what callers read; with `gpu`, where FAISS sees one, a float32 copy lives there, told about
+    every written row, and answers the searches. Not thread-safe: the bank's lock guards it.
     """
 
-    def __init__(self, dim: int, dtype: DTypeLike = np.float32, threads: int = 1) -> None:
+    def __init__(self, dim: int, dtype: DTypeLike = np.float32, threads: int = 1, gpu: bool = False) -> None:
         self.rows = Rows(dim, dtype)
         self._threads = threads
-        self._device = _DeviceRows(dim) if faiss.get_num_gpus() > 0 else None
+        self._device = _DeviceRows(dim) if gpu and sees_gpu() else None
 
     @property
     def trained_rows(self) -> int:
@@ -122,8 +138,10 @@ class ExactIndex:
         return search_rows(queries, self.rows, k, self._threads)
 
 
-def trained_file(kind: FileKind, rows: np.ndarray, lists: int, dtype: DTypeLike, seed: int, threads: int = 1) -> Any:
-    """An inverted file without rows, for the inner product; on the GPU where FAISS sees one.
+def trained_file(
+    kind: FileKind, rows: np.ndarray, lists: int, dtype: DTypeLike, seed: int, threads: int = 1, gpu: bool = False
+) -> Any:
+    """An inverted file without rows, for the inner product; with `gpu` there, where FAISS sees one.
 
     Args:
         kind: "ivf_flat" holds rows as they are; "ivf_pq" the codes of a product quantizer, 4 bits for 4 numbers on the
@@ -133,7 +151,7 @@ def trained_file(kind: FileKind, rows: np.ndarray, lists: int, dtype: DTypeLike,
         seed: of the k-means.
     """
     set_threads(threads)
-    on_gpu, dim = faiss.get_num_gpus() > 0, rows.shape[1]
+    on_gpu, dim = gpu and sees_gpu(), rows.shape[1]
     quantizer, metric = faiss.IndexFlatIP(dim), faiss.METRIC_INNER_PRODUCT
     file: Any
     if kind == "ivf_pq":

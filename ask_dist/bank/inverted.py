@@ -51,13 +51,20 @@ class InvertedIndex:
     """
 
     def __init__(
-        self, dim: int, dtype: DTypeLike = np.float32, threads: int = 1, *, kind: FileKind, probes: int
+        self,
+        dim: int,
+        dtype: DTypeLike = np.float32,
+        threads: int = 1,
+        gpu: bool = False,
+        *,
+        kind: FileKind,
+        probes: int,
     ) -> None:
         self.rows = Rows(dim, dtype)
         self._kind: FileKind = kind
-        self._threads, self._probes = threads, probes
+        self._threads, self._gpu, self._probes = threads, gpu, probes
         self._file: InvertedFile | None = None
-        self._fresh = FreshRows(dim, threads)
+        self._fresh = FreshRows(dim, threads, gpu)
         self._written: list[np.ndarray] | None = None  # since a rebuild began
         self._reached = 1.0
         self._settled = 0  # rows when a file was last tried; 0 if another is due anyway
@@ -161,7 +168,7 @@ class InvertedIndex:
                     return 1.0
 
     def _replace(self, file: InvertedFile | None, settled: int) -> None:
-        self._file, self._fresh = file, FreshRows(self.rows.dim, self._threads)
+        self._file, self._fresh = file, FreshRows(self.rows.dim, self._threads, self._gpu)
         self._settled, self._changes = settled, 0
 
     def _filled(self, seed: int) -> InvertedFile:
@@ -173,7 +180,7 @@ class InvertedIndex:
             count, min(count, max(lists * ROWS_A_LIST, LEAST_ROWS)), replace=False
         )
         sample = self.rows.take(np.sort(chosen)).astype(np.float32)
-        index = trained_file(self._kind, sample, lists, self.rows.dtype, seed, self._threads)
+        index = trained_file(self._kind, sample, lists, self.rows.dtype, seed, self._threads, self._gpu)
         del sample
         file = InvertedFile(index, count, self._probes, self._threads, reranked=self._kind == "ivf_pq")
         for first, block in self.rows.blocks(BLOCK_ROWS):
@@ -312,8 +319,8 @@ class InvertedFile:
 class FreshRows:
     """Rows written since a file was built, searched exactly beside it; positions are those of the whole."""
 
-    def __init__(self, dim: int, threads: int) -> None:
-        self._index = ExactIndex(dim, np.float32, threads)
+    def __init__(self, dim: int, threads: int, gpu: bool = False) -> None:
+        self._index = ExactIndex(dim, np.float32, threads, gpu)
         self._positions = np.zeros(0, np.int64)  # of each entry
         self._entries = np.zeros(0, np.int64)  # of each position; -1 where it has none
 

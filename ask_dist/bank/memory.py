@@ -10,7 +10,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ask_dist.bank.index import ExactIndex
+from ask_dist.bank.index import ExactIndex, first_allowed
 from ask_dist.bank.inverted import InvertedIndex
 from ask_dist.bank.messages import EXTERNAL, Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes, unit_rows
@@ -44,6 +44,7 @@ class KnowledgeBank:
         probes: least lists that a search of an inverted file looks into.
         inverted_from: with fewer rows the search is exact all the same.
         recall: share of the nearest rows that a search of inverted files is to find.
+        gpu: let a GPU search, where FAISS sees one.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class KnowledgeBank:
         probes: int = 4,
         inverted_from: int = 50_000,
         recall: float = 0.95,
+        gpu: bool = False,
     ) -> None:
         self._dim, self._capacity, self._dtype = dim, capacity, np.dtype(dtype)
         self._minimum_reliability, self._max_age = minimum_reliability, max_age
         self._index: dict[str, ExactIndex | InvertedIndex] = {
-            name: ExactIndex(dim, dtype, threads)
+            name: ExactIndex(dim, dtype, threads, gpu)
             if index == "flat"
-            else InvertedIndex(dim, dtype, threads, kind=index, probes=probes)
+            else InvertedIndex(dim, dtype, threads, gpu, kind=index, probes=probes)
             for name in ("audio", "text")
         }
         self._inverted_from, self._wanted_recall = inverted_from, recall
@@ -345,10 +347,10 @@ class KnowledgeBank:
             scores float32 and rows int64, both [n, k], best first; where there are fewer, or none is left, the score is
             -inf.
         """
-        scores, rows = _first(*index.search(queries, k + SPARE_NEIGHBOURS), excluded, k)
+        scores, rows = first_allowed(*index.search(queries, k + SPARE_NEIGHBOURS), excluded, k)
         short = np.isneginf(scores).any(axis=1)
         if short.any():
-            scores[short], rows[short] = _first(*index.search(queries[short], k + len(excluded)), excluded, k)
+            scores[short], rows[short] = first_allowed(*index.search(queries[short], k + len(excluded)), excluded, k)
         scores[~queries.any(axis=1)] = -np.inf
         if index is self._index["audio"] and len(self):
             scores[~self._heard[rows]] = -np.inf
@@ -387,14 +389,3 @@ class KnowledgeBank:
             rows=len(self),
             newest_step=self._newest_step,
         )
-
-
-def _first(scores: np.ndarray, rows: np.ndarray, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of each query's rows [n, m] that are not excluded; fewer are filled up with scores of -inf."""
-    scores = np.where(np.isin(rows, excluded), -np.inf, scores).astype(np.float32, copy=False)
-    order = np.argsort(np.isneginf(scores), axis=1, kind="stable")[:, :k]
-    fill = ((0, 0), (0, k - order.shape[1]))
-    return (
-        np.pad(np.take_along_axis(scores, order, 1), fill, constant_values=-np.inf),
-        np.pad(np.take_along_axis(rows, order, 1), fill),
-    )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import ray
-import torch
 from scipy.optimize import nnls
 
 from ask_dist import config as configuration
 from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.index import sees_gpu
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit
 from ask_dist.bank.prototypes import build_prototypes, unit_rows
@@ -60,12 +61,11 @@ def planner_constants(
             passes: over the corpus. memory_rows, memory_dims: of the banks whose memory is measured. calls: to the
             actor.
     """
-    gpu = GPU if torch.cuda.is_available() else ""
     search, upsert = {}, {}
-    for index in INDEXES:
-        times = [_search_and_upsert(index, rows, dim, batch, neighbours) for rows in sizes]
-        search[index + gpu] = line([growth_of(index, rows) for rows in sizes], [each for each, _ in times])
-        upsert[index] = times[-1][1]
+    for index, gpu in product(INDEXES, (True, False) if sees_gpu() else (False,)):
+        times = [_search_and_upsert(index, rows, dim, batch, neighbours, gpu) for rows in sizes]
+        search[index + GPU * gpu] = line([growth_of(index, rows) for rows in sizes], [each for each, _ in times])
+        upsert[index] = times[-1][1]  # without a GPU
     generations = [_generations(dim, rows) for rows in refined]
     snapshot, commit = _held(dim, max(refined))
     constants = Constants(
@@ -94,9 +94,9 @@ def line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     return {"fixed": float(parts[0]), "growth": float(parts[1])}
 
 
-def _search_and_upsert(index: str, rows: int, dim: int, batch: int, neighbours: int) -> tuple[float, float]:
+def _search_and_upsert(index: str, rows: int, dim: int, batch: int, neighbours: int, gpu: bool) -> tuple[float, float]:
     """Seconds of a query against one modality, and of a row's upsert."""
-    bank = filled_bank(index, "float16", rows, dim)
+    bank = filled_bank(index, "float16", rows, dim, gpu)
     rng = np.random.default_rng(0)
     searches, upserts = [], []
     for step in range(1 + ROUNDS):  # the first warms up

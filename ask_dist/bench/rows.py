@@ -44,9 +44,9 @@ def clustered(
         yield np.arange(start, start + count), *(unit_rows(half).astype(np.float16) for half in (audio, text))
 
 
-def filled_bank(index: str, precision: str, rows: int, dim: int) -> KnowledgeBank:
+def filled_bank(index: str, precision: str, rows: int, dim: int, gpu: bool = False) -> KnowledgeBank:
     """A bank of clustered rows, ids from 0 on, with its index trained if it has one to train."""
-    bank = KnowledgeBank(dim, rows, precision, index=index, inverted_from=1)  # type: ignore[arg-type]
+    bank = KnowledgeBank(dim, rows, precision, index=index, inverted_from=1, gpu=gpu)  # type: ignore[arg-type]
     for chunk in clustered(rows, dim):
         bank.upsert(*chunk, None, 0)
     bank.maintain()

@@ -101,7 +101,7 @@ def test_answers_are_merged_best_first():
 def test_the_gpu_copy_gives_the_same_neighbours(rng):
     if faiss.get_num_gpus() == 0:
         pytest.skip("FAISS sees no GPU")
-    index, rows = ExactIndex(32), rng.normal(size=(5000, 32)).astype(np.float32)
+    index, rows = ExactIndex(32, gpu=True), rng.normal(size=(5000, 32)).astype(np.float32)
     index.write(np.arange(3000), rows[:3000])
     index.write(np.arange(3000, 5000), rows[3000:])
     rows[::3] = rng.normal(size=rows[::3].shape)

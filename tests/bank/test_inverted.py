@@ -230,7 +230,7 @@ def test_files_on_a_gpu_follow_their_writes(rng, lock, kind, dtype):
     if faiss.get_num_gpus() == 0:
         pytest.skip("FAISS sees no GPU")
     rows = clustered(rng, 6000)
-    index = InvertedIndex(32, dtype, kind=kind, probes=8)
+    index = InvertedIndex(32, dtype, gpu=True, kind=kind, probes=8)
     index.write(np.arange(6000), rows)
     assert index.rebuild(lock, seed=0, aim=0.95) >= 0.95
     rows[:500] = clustered(rng, 500)
