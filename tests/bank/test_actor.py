@@ -73,6 +73,22 @@ def test_the_actor_answers_as_the_bank_does(start_actor, rows):
     assert ray.get(actor.ping.remote()) == ROWS
 
 
+def test_an_answer_is_in_float16_and_is_read_where_the_object_store_has_it(start_actor, rng):
+    dim, asked = 256, np.arange(ROWS // 2)
+    actor, halves = start_actor(dim=dim, dtype="float32"), unit_rows(rng.normal(size=(2 * ROWS, dim)))
+    ray.get(actor.upsert.remote(np.arange(ROWS), halves[:ROWS], halves[ROWS:], None, 0))
+    reference = actor.search_ids.remote(asked)
+    once, again = ray.get(reference), ray.get(reference)
+    for name in ("audio", "text", "own_audio", "own_text"):
+        values, same = getattr(once, name), getattr(again, name)
+        assert values.dtype == np.float16
+        assert values.ctypes.data == same.ctypes.data  # a copy would lie somewhere else
+        assert not values.flags.writeable
+    stored = ray.get(actor.snapshot.remote())
+    np.testing.assert_array_equal(once.audio, stored.audio[once.ids])
+    np.testing.assert_array_equal(once.own_text, halves[ROWS : ROWS + len(asked)].astype(np.float16))
+
+
 def test_the_actor_trains_its_inverted_files_by_itself(start_actor, rows):
     actor = start_actor(index="ivf_flat", inverted_from=100, maintenance_seconds=0.05)
     ray.get(actor.upsert.remote(*rows, None, 3))

@@ -170,6 +170,30 @@ def test_hanging_it_holds_nobody_up_and_metrics_show_it(start, rows):
     wait_for(lambda: ray.get(bank.metrics.remote())["bank/staleness"] == 0)
 
 
+def test_it_takes_no_more_of_a_core_than_its_share(start, rows):
+    audio, text, ids, share = rows(ROWS), rows(ROWS), np.arange(ROWS), 0.2
+    bank = start(RemoteBankActor, name="bank-h", neighbours=4, dim=audio.shape[1], capacity=ROWS)
+    settings = {"interval": 0.0, "cpu_share": share, "strategy": "gnn", "steps": 40, "hidden": 32}
+    refiner, step = start(RemoteRefineActor, ["bank-h"], **settings), 0
+
+    def generations() -> float:
+        """So far, with something new for the next one to learn from."""
+        nonlocal step
+        step += 1
+        ray.get(bank.upsert.remote(ids, audio, text, None, step))
+        return ray.get(refiner.metrics.remote())["refine/generations"]
+
+    def reached(count: float) -> tuple[float, float]:
+        while generations() < count:
+            time.sleep(0.1)
+        return time.monotonic(), ray.get(refiner.__ray_call__.remote(lambda _: time.process_time()))
+
+    first = reached(3)  # its libraries are imported, and it learns
+    last = reached(generations() + 4)
+    taken = (last[1] - first[1]) / (last[0] - first[0])
+    assert share / 4 < taken < 1.5 * share
+
+
 def test_external_rows_go_on_from_where_the_run_began(start, rows, drift, tmp_path):
     audio, text, ids = rows(ROWS), rows(ROWS), np.arange(ROWS)
     encoded = KnowledgeBank(audio.shape[1], ROWS)

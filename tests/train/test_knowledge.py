@@ -251,6 +251,23 @@ def test_a_bank_that_answers_nothing_ends_the_run(started):
         link.collect()
 
 
+def test_a_bank_that_is_late_too_often_ends_the_run(started):
+    link, actors = started({"optimization": {"deterministic": False}}, max_late_share=0.5)
+    ray.get(actors.bank[0][0].ping.remote())
+    os.kill(process := process_of(actors.bank[0][0]), signal.SIGSTOP)
+    try:
+        for _ in range(knowledge.MINIMUM_ANSWERS - 1):
+            link.prefetch(torch.arange(4), 0.5)
+            assert link.collect() is None
+        link.prefetch(torch.arange(4), 0.5)
+        with pytest.raises(
+            InputError, match=r"^100% of the bank's answers came late, bank\.max_late_share allows 50%; give it cores"
+        ):
+            link.collect()
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
 def test_a_checkpoint_goes_without_a_refiner_that_is_dead_or_hangs_which_begins_anew(started, monkeypatch):
     monkeypatch.setattr(knowledge, "REFINER_SECONDS", 2.0)
     monkeypatch.setattr(knowledge, "HUNG_SECONDS", 2.0)
