@@ -128,7 +128,7 @@ class BankActor:
         if len(folders) == shards:
             path, state = store.newest(folders[shard])
         else:
-            state = shard_state(map(store.load, folders), shard, shards)
+            state = shard_state((store.newest(each, snapshot.view)[1] for each in folders), shard, shards)
         if self._durable:
             self._durable.load(state, path)
         self._bank = self._durable.bank if self._durable else self._made(state)

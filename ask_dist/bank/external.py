@@ -15,8 +15,9 @@ from ask_dist.errors import InputError
 def load(folder: Path | str, weights: str, dim: int) -> State:
     """A bank folder as the state of a bank at step 0 that nobody has written to yet.
 
-    Its rows are valid for the weights of step 0. Their own step, `EXTERNAL`, tells them from rows of this run, until
-    training meets a clip of the same id and takes the row over. How far their pairs can be trusted is not known.
+    The embeddings are views of the file. Rows are valid for the weights of step 0. Their own step, `EXTERNAL`, tells
+    them from rows of this run, until training meets a clip of the same id and takes the row over. How far their pairs
+    can be trusted is not known.
 
     Args:
         folder: of `store.save`.
@@ -26,7 +27,7 @@ def load(folder: Path | str, weights: str, dim: int) -> State:
     Raises:
         InputError: no whole bank there, or one that other weights encoded, or one of another width.
     """
-    path, state = store.newest(folder)
+    path, state = store.newest(folder, snapshot.view)
     told = snapshot.read_manifest(path)
     if told.weights != weights:
         raise InputError(

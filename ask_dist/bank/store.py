@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -136,12 +137,13 @@ def load(folder: Path | str) -> State:
     return newest(folder)[1]
 
 
-def newest(folder: Path | str) -> tuple[Path, State]:
-    """The manifest's path and the state of the newest snapshot that is whole, as `load` finds it."""
+def newest(folder: Path | str, read: Callable[[Path], State] = snapshot.read) -> tuple[Path, State]:
+    """The manifest's path of the newest snapshot that is whole, as `load` finds it, and its state by `snapshot.read` or
+    `snapshot.view`."""
     damaged = []
     for path in snapshots(folder):
         try:
-            state = snapshot.read(path)
+            state = read(path)
         except DamagedSnapshot as error:
             damaged.append(str(error))
             continue

@@ -9,12 +9,14 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 
-from ask_dist.bank import rows, snapshot, store
+from ask_dist.bank import external, rows, snapshot, store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import State
+from ask_dist.bank.shard import shard_of, shard_state
 from ask_dist.errors import InputError
 
 
@@ -88,13 +90,32 @@ def test_embeddings_are_in_memory_once(large, tmp_path, monkeypatch):
     np.testing.assert_array_equal(bank.snapshot().audio, snapshot.read(copy)["audio"])
 
 
-def test_a_snapshot_that_outgrows_the_memory_is_refused(large, monkeypatch):
-    def none_left(*_: object) -> None:
-        raise MemoryError
+def test_a_snapshot_that_outgrows_the_memory_is_refused_before_any_of_it_is_read(tmp_path, state):
+    """Made by someone else's program: zeros that take no disk."""
+    path = store.save(tmp_path, state)
+    size = 2 * psutil.virtual_memory().total
+    os.truncate(path.with_suffix(".safetensors"), size)
+    blocks = ("0" * 64,) * -(-size // snapshot.BLOCK_BYTES)
+    manifest = snapshot.read_manifest(path).model_copy(update={"bytes": size, "blocks": blocks, "rows": 10**7})
+    path.write_text(f"{manifest.model_dump_json()}\n{manifest.digest}\n")
+    with pytest.raises(InputError, match=r"10000000 rows, .* GiB, this machine has .* GiB free: use a larger machine"):
+        store.load(tmp_path)
 
-    monkeypatch.setattr(snapshot.np, "empty", none_left)
-    with pytest.raises(InputError, match=r"10000 rows, 0\.0 GiB, more than this machine's memory"):
-        store.load(large.parent)
+
+def test_a_shard_never_holds_the_rows_of_the_others(large, monkeypatch):
+    monkeypatch.setattr(snapshot, "MANIFEST_BYTES", 2**16)
+    monkeypatch.setattr(snapshot, "PART_BYTES", 2**16)
+    size = large.with_suffix(".safetensors").stat().st_size
+    tracemalloc.start()
+    try:
+        part = shard_state([external.load(large.parent, "", 500)], 1, 4)
+        assert tracemalloc.get_traced_memory()[1] < 0.6 * size  # a quarter, twice while it is put together
+    finally:
+        tracemalloc.stop()
+    whole = snapshot.read(large)
+    mine = shard_of(whole["ids"], 4) == 1
+    np.testing.assert_array_equal(part["ids"], whole["ids"][mine])
+    np.testing.assert_array_equal(part["audio"], whole["audio"][mine])
 
 
 @pytest.mark.parametrize("block_bytes", [8, 104, 1 << 20])
