@@ -58,6 +58,8 @@ COLUMNS: dict[str, Cell] = {
     "MB/s a bank": lambda plan: f"{plan.outcome.network_bank / 1e6:.0f}",
     "MB/s a worker": lambda plan: f"{plan.outcome.network_worker / 1e6:.1f}",
     "GB/s in all": lambda plan: f"{plan.outcome.network_all / 1e9:.2f}",
+    "GiB refiner": lambda plan: f"{plan.outcome.memory_refiner / 2**30:.1f}",
+    "MB/s refiner": lambda plan: f"{plan.outcome.network_refiner / 1e6:.1f}",
     "refined": lambda plan: f"{plan.outcome.generation:.3g} s",
     "step": lambda plan: f"{plan.outcome.step_seconds:.3g} s",
 }

@@ -46,6 +46,8 @@ REPLICAS = tuple(2**power for power in range(9))
 ROW_EXTRA = 20  # bytes of id, age and reliability that travel with a row
 SCORE_BYTES = 12  # of a neighbour that a shard offers: score and id
 VISITS = 3  # own rows, nearest, chosen: see ask_dist/bank/shard.py
+# Bytes of the refiner: of its process to work with, and of a row's snapshot, commit and source beside their values.
+REFINER, SNAPSHOT_EXTRA, COMMIT_EXTRA, SOURCE_EXTRA = 300 * 2**20, 36, 16, 16
 PART = 1024  # rows that a worker encodes again and then writes: see ask_dist/train/reencode.py
 
 
@@ -147,6 +149,7 @@ class Outcome:
         memory_shard, memory_all: of one actor and of all.
         network_bank: of a primary, in and out together. network_worker: of a worker, the greater of the two.
         network_all: what travels in all.
+        memory_refiner, network_refiner: of the refiner, wherever it runs; not among what must hold.
         generation: seconds between two corrections of a row, by the refiner or by a pass of "reencode".
         reencoding: seconds of such a pass, in which training waits. step_seconds: of a step, these passes included.
         strain: what it uses of the limit that it is nearest to, or furthest beyond.
@@ -166,6 +169,8 @@ class Outcome:
     network_bank: float
     network_worker: float
     network_all: float
+    memory_refiner: float
+    network_refiner: float
     generation: float
     reencoding: float
     step_seconds: float
@@ -231,6 +236,18 @@ def wait_quantile(busy: float, wait: float, quantile: float, servers: int = 1) -
     return wait / busy * math.log(busy / one) if busy > one else 0.0
 
 
+def refiner(load: Load, shards: int, generation: float) -> tuple[float, float]:
+    """Bytes of memory, and a second of network, of the refiner: it keeps a source of every row, and holds one shard's
+    snapshot, the half of a new source and its commit, in float16."""
+    if load.strategy == "none":
+        return 0.0, 0.0
+    corrects = load.strategy != "reencode"
+    row, source = 4 * load.dim, 2 * load.dim + SOURCE_EXTRA
+    snapshot, commit = row + SNAPSHOT_EXTRA, corrects * (row + COMMIT_EXTRA)
+    memory = REFINER + load.rows * 2 * source + load.rows / shards * (snapshot + source + commit)
+    return memory, load.rows * (snapshot + commit) / generation
+
+
 def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Outcome:
     """Utilisation, waits, memory and network of one layout, and what of it does not hold."""
     part = work(load, layout, constants, node.gpu)
@@ -256,6 +273,7 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
         held = [max(0.0, part.hold + base - allowed) / part.generation for base in (part.search, drained)]
         late = min(1.0, max(alone + held[0], together + held[1]))
     step_in_all = step + part.reencoding / load.steps_between
+    memory_refiner, network_refiner = refiner(load, shards, part.generation)
     slowest = part.visits * wait_quantile(busy, wait, QUANTILE, waits)
     outcome = Outcome(
         layout=layout,
@@ -268,9 +286,14 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
         sending=part.calls * constants.submit / step,
         memory_shard=load.rows / shards * constants.bytes_a_row(layout.index, load.precision, load.dim),
         memory_all=load.rows * layout.replicas * constants.bytes_a_row(layout.index, load.precision, load.dim),
-        network_bank=searches * (part.answer + part.exchanged) + upserts * layout.replicas * part.rows_sent,
+        network_bank=searches * (part.answer + part.exchanged)
+        + upserts * layout.replicas * part.rows_sent
+        + network_refiner / shards,
         network_worker=shards * max(part.answer, part.rows_sent) / step,
-        network_all=load.workers / step * shards * (part.answer + part.exchanged + layout.replicas * part.rows_sent),
+        network_all=load.workers / step * shards * (part.answer + part.exchanged + layout.replicas * part.rows_sent)
+        + network_refiner,
+        memory_refiner=memory_refiner,
+        network_refiner=network_refiner,
         generation=load.steps_between * step_in_all if part.reencoding else part.generation,
         reencoding=part.reencoding,
         step_seconds=step_in_all,

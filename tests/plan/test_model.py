@@ -197,6 +197,18 @@ def test_a_pass_of_reencode_adds_its_part_to_a_step():
     assert again.generation == pytest.approx(between * again.step_seconds)
 
 
+def test_the_refiner_needs_memory_for_all_rows_and_network_for_each_generation():
+    alone, split = (predict(LOAD, Layout("ivf_flat", shards, 1), CONSTANTS, NODE) for shards in (1, 4))
+    sources = 10**6 * 2 * (2 * 256 + 16)
+    held = 10**6 * ((4 * 256 + 36) + (2 * 256 + 16) + (4 * 256 + 16))  # a snapshot, a new source, a commit
+    assert alone.memory_refiner == pytest.approx(300 * 2**20 + sources + held)
+    assert split.memory_refiner == pytest.approx(300 * 2**20 + sources + held / 4)
+    assert alone.network_refiner == pytest.approx(10**6 * (8 * 256 + 52) / alone.generation)
+    none = predict(replace(LOAD, strategy="none"), ONE, CONSTANTS, NODE)
+    assert (none.memory_refiner, none.network_refiner) == (0.0, 0.0)
+    assert alone.network_bank - none.network_bank == pytest.approx(alone.network_refiner)
+
+
 def test_more_rows_cost_reencode_more_and_more_workers_and_rarer_passes_less():
     def step(**changed: float) -> float:
         load_ = replace(LOAD, strategy="reencode", **changed)
