@@ -208,6 +208,7 @@ def test_a_checkpoint_is_left_out_while_the_bank_hangs_and_the_next_is_whole(hel
             banks={"bank": partial(save_bank, bank)},
             global_step=step,
             samples_seen=9,
+            skipped_steps=0,
             lineage="same",
         )
         return sorted(path.name for path in (tmp_path / checkpoint.FOLDER).iterdir())
@@ -297,7 +298,9 @@ def test_a_refiner_that_is_put_back_keeps_nothing_of_the_bank_that_was_replaced(
     link.put(np.arange(ROWS), rows, rows, 3)
     wait_for(lambda: (refiner_state(actors.refiner).get("generation.source.audio.step", np.zeros(1)) == 3).all())
     arrays, banks = {"refiner": refiner_state(actors.refiner)}, {"bank": partial(save_bank, primary)}
-    checkpoint.save(tmp_path, engine={}, arrays=arrays, banks=banks, global_step=3, samples_seen=9, lineage="same")
+    checkpoint.save(
+        tmp_path, engine={}, arrays=arrays, banks=banks, global_step=3, samples_seen=9, skipped_steps=0, lineage="same"
+    )
     link.put(np.arange(ROWS), rows[::-1], rows, 50)
     os.kill(process := process_of(primary), signal.SIGSTOP)
     going_on = threading.Timer(1.0, os.kill, (process, signal.SIGCONT))
