@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import statistics
 import tarfile
 import tempfile
@@ -43,8 +44,9 @@ def pack_vs_bare_loop(clips: int = 2000, seconds: float = 10.0, rounds: int = 3)
         for round_number in range(rounds):
             for kind in sorted(rates, reverse=bool(round_number % 2)):
                 start = time.perf_counter()
-                runs[kind](folder, rows, folder / f"{kind}-{round_number}")
+                runs[kind](folder, rows, folder / "packed")
                 rates[kind].append(clips / (time.perf_counter() - start))
+                shutil.rmtree(folder / "packed")
     medians = {kind: statistics.median(values) for kind, values in rates.items()}
     return {**medians, "ratio": medians["pack"] / medians["bare_loop"]}
 

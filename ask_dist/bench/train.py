@@ -61,7 +61,7 @@ COMPARISONS = {
         },
     ),
     "conv + transformer, bf16": Comparison(SCENES, {"bf16": {}}, {"optimization.precision": "bf16"}),
-    "conv + transformer, fp16": Comparison(SCENES, {"fp16": {}}, {"optimization.precision": "fp16"}),
+    "conv + transformer, fp16": Comparison(SCENES, {"fp16": {}}, {"optimization.precision": "fp16"}, steps=50),
     "yamnet + minilm, learning": Comparison(RECORDINGS, {"learning": {}}, LEARNING, steps=50),
     "yamnet + minilm, frozen": Comparison(
         RECORDINGS,

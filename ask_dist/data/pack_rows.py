@@ -160,7 +160,9 @@ def _encode(row: Row, key: str, captions: list[str], data: bytes, settings: Pack
     """
     decoded = audio.decode_channels(data, settings.max_seconds)
     mono = audio.mono(decoded.samples)
-    audio.check(mono)
+    rate = settings.sample_rate or decoded.rate
+    if settings.original or settings.keep_channels or rate != decoded.rate:  # else `encode_clip` looks at them
+        audio.check(mono)
     classes = tuple(filter(_is_utf8, row.classes))
     if settings.original:
         if decoded.format not in EXTENSIONS:
@@ -179,6 +181,5 @@ def _encode(row: Row, key: str, captions: list[str], data: bytes, settings: Pack
         samples = decoded.samples.T
         if len(samples) > MOST_FLAC_CHANNELS:
             raise BadSample(f"{len(samples)} channels, FLAC has at most {MOST_FLAC_CHANNELS}")
-    rate = settings.sample_rate or decoded.rate
     samples = audio.resample(samples, decoded.rate, rate)
     return encode_clip(Clip(key, samples.T, rate, tuple(captions), classes, row.extra))

@@ -90,12 +90,13 @@ class Source:
 
     def _limited(self, file: Any) -> bytes:
         """All of an open file, or BadSample once it is over the limit."""
-        content = bytearray()
+        blocks, size = list[bytes](), 0
         while block := file.read(BLOCK):
-            content += block
-            if len(content) > self.most_bytes:
+            blocks.append(block)
+            size += len(block)
+            if size > self.most_bytes:
                 raise BadSample(f"too large: over {self.most_bytes / 2**20:g} MiB")
-        return bytes(content)
+        return b"".join(blocks)
 
 
 def check_url(url: str, place: str) -> None:
