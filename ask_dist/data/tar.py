@@ -85,7 +85,8 @@ def _usual(header: bytes, offset: int) -> Member | None:
 def _unusual(header: bytes, offset: int) -> Member:
     """Any header that tarfile reads; raises tarfile.HeaderError where it is none."""
     info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    return Member(_plain(info.name), offset, info.size, info.type, info.linkname)
+    link = info.linkname if info.issym() or info.islnk() else ""
+    return Member(_plain(info.name), offset, info.size, info.type, link)
 
 
 def _plain(name: str) -> str:

@@ -51,7 +51,8 @@ def as_tarfile(header: bytes) -> list[Member]:
         return []
     if info.size < 0 or info.type in EXTENDED:
         return []
-    return [Member(info.name.removeprefix("./"), BLOCK, info.size, info.type, info.linkname)]
+    link = info.linkname if info.issym() or info.islnk() else ""
+    return [Member(info.name.removeprefix("./"), BLOCK, info.size, info.type, link)]
 
 
 def checked(header: bytearray) -> bytes:
