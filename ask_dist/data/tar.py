@@ -67,8 +67,8 @@ def all_members(stream: BinaryIO) -> Iterator[Member]:
 def _usual(header: bytes, offset: int) -> Member | None:
     """What nearly every header of a shard is, a plain file without a folder's prefix; None for any other.
 
-    tarfile reads all 16 fields, which makes it slower than the rest of reading a clip. What nobody asks for (mode, owner,
-    time) is not looked at here.
+    tarfile reads all 16 fields, which makes it slower than the rest of reading a clip. What nobody asks for (mode,
+    owner, time) is not looked at here.
     """
     if header[TYPE] != tarfile.REGTYPE or header[PREFIX_STARTS]:
         return None
