@@ -50,7 +50,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The rows that were written whole: a disk that fills may cut the last one, which a resumed run drops."""
+    *rows, _ = (run / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(row) for row in rows]
 
 
 def wait_for_checkpoints(run: Path, count: int, process: subprocess.Popen[str]) -> None:
