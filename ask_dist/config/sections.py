@@ -102,7 +102,9 @@ class AudioModel(Section):
     """The audio encoder, by its registered name."""
 
     name: str = "conv"
-    source: str | None = Field(None, description="of a pretrained one: its folder or file, or the id of a hub")
+    source: str | None = Field(
+        None, description="of a pretrained one: its folder or file, or on a hub OWNER/NAME[/FILE]"
+    )
     freeze: bool = Field(False, description="its weights stay as they are")
     unfreeze_at: Share | None = Field(None, description="share of the run after which a frozen tower learns")
     lora: Lora | None = Field(None, description="adapters that learn in place of its weights; null: none")
@@ -115,7 +117,7 @@ class TextModel(Section):
     """The text encoder, by its registered name."""
 
     name: str = "transformer"
-    source: str | None = Field(None, description="of a pretrained one: its folder, or the id of a hub")
+    source: str | None = Field(None, description="of a pretrained one: its folder, or on a hub OWNER/NAME")
     freeze: bool = Field(False, description="its weights stay as they are")
     unfreeze_at: Share | None = Field(None, description="share of the run after which a frozen tower learns")
     lora: Lora | None = Field(None, description="adapters that learn in place of its weights; null: none")

@@ -30,8 +30,9 @@ from ask_dist.models.encoder import Encoder
 
 # Marks a folder of a finished run that describes a tower whose weights lie in the run's own model.safetensors.
 SAVED = "tower.json"
-HUB_ID = r"[\w.-]+/[\w.-]+"
-# Of a hub nothing else is fetched: no pickles, no code.
+# OWNER/NAME, and for an encoder that reads one file OWNER/NAME/FILE.
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
+# Of a hub's repository nothing else is fetched: no pickles, no code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 
@@ -60,15 +61,24 @@ def source_path(source: str | None, setting: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not re.fullmatch(HUB_ID, source):
+    named = HUB_ID.fullmatch(source)
+    if not named:
         raise InputError(f"{setting}.source={source}: there is no such folder or file; a hub's id is OWNER/NAME")
     hub = optional_module("huggingface_hub", source)
+    repository, file = named.groups()
     try:
-        return Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        if file:
+            return Path(hub.hf_hub_download(repository, file))
+        folder = Path(hub.snapshot_download(repository, allow_patterns=HUB_FILES))
     except Exception as error:  # of many libraries
         raise InputError(
             f"{setting}.source={source} is no path here, and no hub gave it: {first_line(error)}; correct the path"
         ) from None
+    if not folder.is_dir():  # of no file
+        raise InputError(
+            f"{setting}.source={source}: the hub has no safetensors there; a single file is OWNER/NAME/FILE"
+        )
+    return folder
 
 
 def no_other_source(source: str | None, tower: str, name: str) -> None:

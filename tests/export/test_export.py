@@ -21,7 +21,7 @@ from ask_dist.models.dual_encoder import build_dual_encoder
 from ask_dist.models.saved import load_model, save_model
 from ask_dist.models.text import Vocabulary
 from tests.models.conftest import needs_pretrained
-from tests.models.towers import save_ast, save_clap, save_cnn14, save_tokenizer, save_whisper
+from tests.models.towers import save_ast, save_clap, save_cnn14, save_roberta, save_whisper
 
 onnx_reference = pytest.importorskip("onnx.reference", reason="needs the extra ask-dist[pretrained]")
 CAPTIONS = ["a dog barks", "rain falls on a tin roof and then three loud notes", "viola"]
@@ -195,14 +195,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path, console):
 
 def test_an_automodel_tower_needs_its_folder_no_more(tmp_path, console):
     needs_pretrained()
-    from transformers import RobertaConfig, RobertaModel
-
-    folder = tmp_path / "roberta"
-    folder.mkdir()
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    RobertaModel(RobertaConfig(vocab_size=save_tokenizer(folder), max_position_embeddings=40, **size)).save_pretrained(
-        folder
-    )
+    folder = save_roberta(tmp_path / "roberta")
     text = {"name": "automodel", "source": str(folder), "pooling": "cls", "max_tokens": 16}
     model = {"embedding_dim": 12, "audio": {"width": 8, "mel_bins": 20}, "text": text}
     run = finished(tmp_path / "run", 8000, model)

@@ -108,6 +108,17 @@ def save_whisper(folder: Path) -> Path:
     return folder
 
 
+def save_roberta(folder: Path) -> Path:
+    """A RobertaModel of two layers with its tokenizer."""
+    from transformers import RobertaConfig, RobertaModel
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=save_tokenizer(folder), max_position_embeddings=40, pad_token_id=1, **TEXT)
+    RobertaModel(config).save_pretrained(folder)
+    return folder
+
+
 def save_cnn14(path: Path) -> Path:
     """A checkpoint as PANNs publishes them: the front end's constants and the classifier stand beside the network."""
     torch.manual_seed(0)
