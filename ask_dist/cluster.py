@@ -69,7 +69,7 @@ def resources(config: Config, gpu: bool) -> dict[str, dict[str, float]]:
     cluster = config.cluster
     banks = config.bank.shards * config.bank.replicas
     parts = {
-        f"{cluster.num_workers} x worker": {"CPU": cluster.cpus_per_worker, "GPU": float(gpu)},
+        f"{cluster.num_workers} x worker": {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker * gpu},
         "bank" if banks == 1 else f"{banks} x bank": {"CPU": cluster.bank_cpus, "GPU": cluster.bank_gpus},
         "refiner": {"CPU": cluster.refine_cpus, "GPU": 0.0},
     }
@@ -78,14 +78,24 @@ def resources(config: Config, gpu: bool) -> dict[str, dict[str, float]]:
         name: sum(count * part[name] for count, part in zip(counts, parts.values(), strict=True))
         for name in ("CPU", "GPU")
     }
+    if gpu:  # no two workers fit on one
+        total["GPU"] = max(total["GPU"], cluster.num_workers)
     return parts | {"in all": total}
 
 
-def use_gpu(config: Config) -> bool:
-    """Whether workers get a GPU each: as configured, else where the cluster has enough."""
-    if config.cluster.use_gpu is not None:
-        return config.cluster.use_gpu
-    return ray.cluster_resources().get("GPU", 0) >= config.cluster.num_workers
+def use_gpu(config: Config, gpus: float | None = None) -> bool:
+    """Whether workers get a GPU each: as configured, else where there are enough.
+
+    Args:
+        config: the run.
+        gpus: how many there are; None: those of the cluster.
+    """
+    cluster = config.cluster
+    if cluster.use_gpu is not None:
+        return cluster.use_gpu
+    if gpus is None:
+        gpus = ray.cluster_resources().get("GPU", 0)
+    return gpus >= cluster.num_workers
 
 
 def idle_gpus(config: Config) -> int:
@@ -107,7 +117,7 @@ def check_resources(config: Config) -> None:
         if asked[name] > present.get(name, 0):
             raise InputError(
                 f"the run asks for {asked[name]:g} {name}, the cluster has {present.get(name, 0):g}; "
-                "lower cluster.num_workers, cpus_per_worker or the actors' shares, or add nodes"
+                "lower cluster.num_workers, cpus_per_worker, gpus_per_worker or the actors' shares, or add nodes"
             )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for part, needs in parts.items():

@@ -92,6 +92,16 @@ def test_what_shards_and_replicas_reserve_is_counted_and_refused_where_there_is_
         cluster.check_resources(run)
 
 
+def test_a_worker_leaves_part_of_its_gpu_to_the_bank():
+    run = run_config(cluster={"num_workers": 1, "gpus_per_worker": 0.75, "bank_gpus": 0.25})
+    assert cluster.use_gpu(run, gpus=1)
+    assert cluster.resources(run, gpu=True)["in all"]["GPU"] == 1
+    assert cluster.resources(run, gpu=False)["in all"]["GPU"] == 0.25
+    four = run_config(cluster={"num_workers": 4, "gpus_per_worker": 0.75})  # each on another GPU
+    assert [cluster.use_gpu(four, gpus) for gpus in (3, 4)] == [False, True]
+    assert cluster.resources(four, gpu=True)["in all"]["GPU"] == 4
+
+
 def test_shards_are_spread_over_nodes_and_give_back_what_they_reserved():
     done = subprocess.run([sys.executable, "-c", TWO_NODES], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -45,6 +45,9 @@ class Cluster(Section):
     num_workers: Count = 2
     cpus_per_worker: Positive = 1.0
     use_gpu: bool | None = Field(None, description="null: one GPU a worker where the cluster has enough of them")
+    gpus_per_worker: Annotated[float, Field(gt=0.5, le=1.0)] = Field(
+        1.0, description="share of its GPU that a worker reserves; less than 1 leaves room there for `bank_gpus`"
+    )
     bank_cpus: Weight = Field(0.0, description="cores reserved for each actor of the bank; 0 shares the workers' cores")
     bank_gpus: Weight = Field(0.0, description="GPUs reserved for the FAISS search of each actor of the bank")
     refine_cpus: Weight = Field(0.0, description="cores reserved for the refiner; 0 shares the workers' cores")

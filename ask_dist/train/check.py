@@ -153,14 +153,13 @@ def _check_machine(config: Config) -> bool:
             cluster.check_resources(config)
             return cluster.use_gpu(config)
     present = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-    told = config.cluster.use_gpu
-    gpu = present["GPU"] >= config.cluster.num_workers if told is None else told
+    gpu = cluster.use_gpu(config, present["GPU"])
     asked = cluster.resources(config, gpu)["in all"]
     for name, amount in present.items():
         if asked[name] > amount:
             raise InputError(
                 f"the run asks for {asked[name]:g} {name}, this machine has {amount}; lower cluster.num_workers, "
-                "cpus_per_worker or the actors' shares, or set RAY_ADDRESS to a cluster"
+                "cpus_per_worker, gpus_per_worker or the actors' shares, or set RAY_ADDRESS to a cluster"
             )
     return gpu
 

@@ -39,7 +39,7 @@ from ask_dist.train.reencode import is_due, reencode
 from ask_dist.train.state import TrainState
 from ask_dist.train.step import train_step
 from ask_dist.train.trackers import feeds
-from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, last_time
+from ask_dist.train.tracking import AUDIT, AuditLog, MetricsLog, StageClock, last_time
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
     add_adapters(model, config.model)
     actors = job["actors"]
     knowledge = KnowledgeSource(config, actors, device, rank, world_size) if actors.bank else None
-    metrics = config.run_dir / "metrics.jsonl"
+    metrics, tracing = config.run_dir / "metrics.jsonl", config.tracking.profile
     state = TrainState(
         config=config,
         rank=rank,
@@ -113,9 +113,8 @@ def set_up(config: Config, job: dict[str, Any]) -> TrainState:
         lineage=checkpoint.lineage(config, shards["train"].fingerprint),
         log=MetricsLog(metrics, last_time(metrics), feeds(config)) if rank == 0 else None,
         audit=AuditLog(config.run_dir / AUDIT) if config.data.audit and rank == 0 else None,
+        clock=TracingClock(config.run_dir / FOLDER, device) if rank == 0 and tracing else StageClock(device),
     )
-    if rank == 0 and config.tracking.profile:
-        state.clock = TracingClock(config.run_dir / FOLDER, device)
     start.name_unread(state)
     resume(state, job["checkpoint"])
     if config.data.cache_embeddings:  # the weights of frozen towers are now those of the checkpoint

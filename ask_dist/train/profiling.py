@@ -41,7 +41,7 @@ class TracingClock(StageClock):
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(device)
         self._folder = folder
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=TRACED, repeat=1)

@@ -164,11 +164,8 @@ def fit(
             not finite.
     """
     gpu = cluster.use_gpu(config)
-    scaling = ScalingConfig(
-        num_workers=config.cluster.num_workers,
-        use_gpu=gpu,
-        resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-    )
+    worker = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": config.cluster.gpus_per_worker} if gpu else {})
+    scaling = ScalingConfig(num_workers=config.cluster.num_workers, use_gpu=gpu, resources_per_worker=worker)
     run_config = RunConfig(
         name=checkpoint.FOLDER,
         storage_path=str(config.run_dir),

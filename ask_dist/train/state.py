@@ -36,8 +36,8 @@ class TrainState:
     lineage: str
     log: MetricsLog | None
     audit: AuditLog | None
+    clock: StageClock
     embeddings: Embeddings = field(default_factory=Embeddings)
-    clock: StageClock = field(default_factory=StageClock)
     samples_seen: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ask_dist.files import writing
 from ask_dist.train.trackers import Feed
 
@@ -116,19 +118,26 @@ class StageClock:
     """Mean seconds a step spends in each named stage.
 
     with clock("forward"): ...
+
+    On CUDA a stage lasts from one event in the current stream to another: kernels that it queued count, host work that
+    hides behind earlier ones does not, and nothing waits for a device before `take` does.
+
+    Args:
+        device: where the steps are computed.
     """
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._steps = 0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         try:
             yield
         finally:
-            self._seconds[stage] += time.perf_counter() - start
+            self._spans[stage].append((start, self._now()))
 
     def step(self) -> None:
         """Marks the end of a step."""
@@ -136,7 +145,23 @@ class StageClock:
 
     def take(self) -> dict[str, float]:
         """`time/<stage>` in seconds a step since the last call."""
-        means = {f"time/{stage}": seconds / max(1, self._steps) for stage, seconds in self._seconds.items()}
-        self._seconds.clear()
+        means = {
+            f"time/{stage}": sum(self._seconds(*span) for span in spans) / max(1, self._steps)
+            for stage, spans in self._spans.items()
+        }
+        self._spans.clear()
         self._steps = 0
         return means
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        if self._device.type != "cuda":
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000  # CUDA counts milliseconds

@@ -25,6 +25,7 @@ from ask_dist.models.text import Vocabulary
 from ask_dist.train.engine import Engine
 from ask_dist.train.state import TrainState
 from ask_dist.train.step import train_step
+from ask_dist.train.tracking import StageClock
 from tests.ranks import run_ranks
 from tests.train.test_embeddings import CLIPS, RATE, SECONDS, noise
 
@@ -101,6 +102,7 @@ def make_state(rank: int, folder: Path) -> TrainState:
         lineage="",
         log=None,
         audit=None,
+        clock=StageClock(torch.device("cpu")),
     )
 
 

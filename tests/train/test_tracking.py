@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ask_dist.errors import InputError
 from ask_dist.train.progress import Follower
@@ -95,7 +96,7 @@ def test_no_usable_row_means_no_time(tmp_path, content):
 
 
 def test_the_clock_gives_seconds_a_step_by_stage():
-    clock = StageClock()
+    clock = StageClock(torch.device("cpu"))
     for _ in range(4):
         with clock("forward"):
             time.sleep(0.01)
@@ -109,8 +110,28 @@ def test_the_clock_gives_seconds_a_step_by_stage():
     assert clock.take() == {}
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_a_stage_lasts_as_long_as_its_kernels_and_nothing_waits_for_them():
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    clock, queued = StageClock(torch.device("cuda")), 0.0
+    matrix = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    with clock("forward"):
+        for _ in range(200):
+            matrix = matrix @ matrix / 64
+        queued = time.perf_counter() - started
+    with clock("loss"):
+        pass
+    clock.step()
+    taken = clock.take()
+    assert taken["time/forward"] > 2 * queued
+    assert taken["time/loss"] < 0.1 * taken["time/forward"]
+
+
 def test_the_clock_counts_a_stage_that_fails():
-    clock = StageClock()
+    clock = StageClock(torch.device("cpu"))
 
     def fail() -> None:
         with clock("backward"):
