@@ -10,8 +10,8 @@ from hypothesis import settings
 
 from tests.mounts import mounted
 
-# A busy machine makes any example slow; pytest's own timeout ends what hangs.
-settings.register_profile("patient", deadline=None)
+# A busy machine makes any example slow; pytest's own timeout ends what hangs. Examples are the same at every call.
+settings.register_profile("patient", deadline=None, derandomize=True)
 settings.load_profile("patient")
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,7 @@ READERS = 8  # threads; each holds one part
 BITS = {2: (np.uint16, 0x7FFF, 0x7C00), 4: (np.uint32, 0x7FFFFFFF, 0x7F800000)}
 FLOATS = ("audio", "text", "reliability")
 KINDS = {"I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+CGROUP = Path("/sys/fs/cgroup")
 MANIFEST_BYTES = 16 * 2**20  # a manifest is read whole; this holds the checksums of 4 TB
 
 Size = Annotated[int, Field(ge=0)]
@@ -81,11 +83,21 @@ def read(path: Path) -> State:
         InputError: it does not fit into the memory.
     """
     manifest = _sized(path)
-    free = psutil.virtual_memory().available  # a file of zeros takes no disk, and Linux promises more than it has
+    free = _free_memory()  # a file of zeros takes no disk, and Linux promises more than it has
     if manifest.bytes > free:
         needed = f"{manifest.rows} rows, {manifest.bytes / 2**30:.1f} GiB"
         raise InputError(f"{path} holds {needed}, this machine has {free / 2**30:.1f} GiB free: use a larger machine")
     return _sound(path, manifest, np.empty(manifest.bytes, np.uint8))
+
+
+def _free_memory() -> int:
+    """Bytes that the machine has left, or the container that this process is in (cgroup 2), whichever are fewer."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no cgroup 2, or "max": no limit
+        most, held = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, most - held + int(counts["inactive_file"]))  # of the page cache, which is given up for it
+    return free
 
 
 def view(path: Path) -> State:

@@ -102,6 +102,20 @@ def test_a_snapshot_that_outgrows_the_memory_is_refused_before_any_of_it_is_read
         store.load(tmp_path)
 
 
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path, state, monkeypatch):
+    """The files in which Linux says so, as those of a container that holds 900 bytes of its 1,000, 50 of them cache."""
+    path = store.save(tmp_path / "bank", state)
+    for name, content in {"max": "1000", "current": "900", "stat": "anon 850\ninactive_file 50\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    monkeypatch.setattr(snapshot, "CGROUP", tmp_path)
+    assert snapshot.read_manifest(path).bytes > 150
+    with pytest.raises(InputError, match=r"40 rows, .* GiB free: use a larger machine"):
+        snapshot.read(path)
+    for free in (snapshot.read_manifest(path).bytes + 850, "max"):
+        (tmp_path / "memory.max").write_text(str(free))
+        assert len(snapshot.read(path)["ids"]) == 40
+
+
 def test_a_shard_never_holds_the_rows_of_the_others(large, monkeypatch):
     monkeypatch.setattr(snapshot, "MANIFEST_BYTES", 2**16)
     monkeypatch.setattr(snapshot, "PART_BYTES", 2**16)
