@@ -27,7 +27,7 @@ from ask_dist.train import checkpoint
 MINIMUM_ANSWERS = 50
 REFINER_SECONDS = 60.0
 HUNG_SECONDS = 10.0
-SAVE_SECONDS = 60.0  # between two looks at whether a bank that is to be saved is alive
+SAVE_SECONDS = 60.0  # between two looks at whether a bank that is saved or put back is alive
 PUT_SECONDS = 60.0  # a bank that died is back within seconds, with rows of its own within some more
 
 log = logging.getLogger(__name__)
@@ -225,11 +225,23 @@ def load_actors(actors: Actors, folder: Path | None) -> None:
     banks, shards = [] if folder is None else checkpoint.bank_folders(folder), len(actors.bank)
     if actors.refiner is not None:  # a generation that workers who died had asked for must not meet the new bank
         _put_back(actors.refiner, {})
-    for call in [primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)]:
-        answer(call)
+    calls = {primary: primary.load.remote(banks, shard, shards) for shard, (primary, *_) in enumerate(actors.bank)}
+    for primary, call in calls.items():
+        _loaded(primary, call)
     if actors.refiner is not None:  # by its clock it has gone on with the old bank until now
         fits = folder is not None and len(banks) == shards
         _put_back(actors.refiner, checkpoint.load_arrays(folder, "refiner") if folder is not None and fits else {})
+
+
+def _loaded(primary: Any, call: Any) -> None:
+    """Waits for a shard to be put back. One that hangs is ended; started again by Ray, it takes the same call."""
+    while True:
+        try:
+            return answer(call, SAVE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            if _says_nothing(primary, SAVE_SECONDS):
+                log.warning("the bank hangs: it is ended, and begins anew from the checkpoint")
+                ray.kill(primary, no_restart=False)
 
 
 def refiner_state(refiner: Any, deterministic: bool = False) -> dict[str, np.ndarray]:

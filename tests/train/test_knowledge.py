@@ -227,6 +227,30 @@ def test_a_checkpoint_is_left_out_while_the_bank_hangs_and_the_next_is_whole(hel
     assert len(store.load(folder / "bank")["ids"]) == ROWS + 5
 
 
+def test_a_bank_that_hangs_when_it_is_put_back_is_started_again_from_the_checkpoint(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(knowledge, "SAVE_SECONDS", 2.0)
+    link, actors = started({"optimization": {"deterministic": False}, "refine": {"strategy": "none"}})
+    (primary,) = actors.primaries.values()
+    rows = unit_rows(np.random.default_rng(7).normal(size=(ROWS, DIM))).astype(np.float32)
+    link.put(np.arange(ROWS), rows, rows, 3)
+    checkpoint.save(
+        tmp_path,
+        engine={},
+        arrays={},
+        banks={"bank": partial(save_bank, primary)},
+        global_step=3,
+        samples_seen=9,
+        skipped_steps=0,
+        lineage="same",
+    )
+    link.put(np.arange(2 * ROWS), *2 * [np.tile(rows, (2, 1))], 50)
+    os.kill(process := process_of(primary), signal.SIGSTOP)
+    load_actors(actors, tmp_path)
+    assert process_of(primary) != process
+    kept = link.stored_rows(np.arange(2 * ROWS))
+    np.testing.assert_array_equal(np.sort(kept.ids), np.arange(ROWS))
+
+
 def test_a_deterministic_step_asks_for_itself_and_ends_with_its_bank(started):
     rows = torch.from_numpy(unit_rows(np.random.default_rng(5).normal(size=(ROWS, DIM))))
     link, actors = started()
