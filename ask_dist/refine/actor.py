@@ -79,6 +79,7 @@ class RefineActor:
         if self._thread.is_alive():
             self._thread.join()
 
+    @ray.method(concurrency_group="told")
     def metrics(self) -> dict[str, float]:
         """`refine/generations` and `refine/failures` so far, `refine/given_up` (1 once too many in a row ended it), and
         the last report's figures as `refine/...`, those of external rows as `refine/external_...`."""
@@ -194,4 +195,5 @@ class RefineActor:
         return parts
 
 
-RemoteRefineActor = ray.remote(max_concurrency=2, max_restarts=-1)(RefineActor)  # type: ignore[call-overload]
+# Metrics have a lane of their own: they say that the actor is alive, however many calls wait for a long generation.
+RemoteRefineActor = ray.remote(max_concurrency=2, concurrency_groups={"told": 1}, max_restarts=-1)(RefineActor)  # type: ignore[call-overload]

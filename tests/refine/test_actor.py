@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -168,6 +169,27 @@ def test_hanging_it_holds_nobody_up_and_metrics_show_it(start, rows):
     finally:
         os.kill(process, signal.SIGCONT)
     wait_for(lambda: ray.get(bank.metrics.remote())["bank/staleness"] == 0)
+
+
+def hold(actor, seconds):
+    """Keeps the refiners' lock as a long generation does."""
+
+    def work():
+        with actor._lock:
+            time.sleep(seconds)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_in_a_long_generation_it_tells_its_metrics_however_many_wait_for_its_state(start, rows):
+    start(RemoteBankActor, name="bank-m", neighbours=4, dim=4, capacity=ROWS)
+    refiner = start(RemoteRefineActor, ["bank-m"], strategy="linear", interval=1e6)
+    assert ray.get(refiner.state.remote()) == {}
+    ray.get(refiner.__ray_call__.remote(hold, 5.0))
+    waiting = [refiner.state.remote() for _ in range(4)]
+    assert ray.get(refiner.metrics.remote(), timeout=4.0)["refine/failures"] == 0
+    assert not ray.wait(waiting, num_returns=1, timeout=0)[0]
+    assert ray.get(waiting) == [{}] * 4
 
 
 def test_it_takes_no_more_of_a_core_than_its_share(start, rows):
