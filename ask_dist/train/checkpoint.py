@@ -26,6 +26,7 @@ FORMAT = 2
 MANIFEST, ENGINE = "manifest.json", "engine.safetensors"
 FOLDER = "checkpoints"  # of a run; Ray Train keeps its own files there too
 UNFINISHED = ".unfinished"
+HEARD = {"sample_rate", "clip_seconds", "length_step"}  # what the audio encoder gets of a clip
 
 
 SaveBank = Callable[[Path], str]  # takes the snapshot's folder, gives its digest
@@ -57,7 +58,7 @@ class Manifest:
 
 
 def lineage(config: Config, data_fingerprint: str) -> str:
-    """Digest of model, batch, objective, seed and training data: a checkpoint continues only a run that shares them.
+    """Digest of model, what it hears, batch, objective, seed and training data: those of a run and its continuation.
 
     What may change on resume (more epochs, other logging, another ZeRO stage, other actors' resources) is left out, and
     so is where the run's weights and encoders once came from.
@@ -68,8 +69,12 @@ def lineage(config: Config, data_fingerprint: str) -> str:
         exclude={"model": {"source": True, "audio": {"source"}, "text": {"source"}}},
         exclude_none=True,  # settings that a run does not use, such as those of later versions
     )
-    if augment := config.augment.model_dump(exclude_defaults=True):  # not in the digest of runs without
-        tree["augment"] = augment
+    for part, chosen in {
+        "augment": config.augment.model_dump(exclude_defaults=True),
+        "heard": config.data.model_dump(include=HEARD, exclude_defaults=True),
+    }.items():
+        if chosen:  # not in the digest of runs without
+            tree[part] = chosen
     tree["global_batch_size"] = config.global_batch_size
     tree["order"] = [config.data.lanes, config.data.shuffle_window, data_fingerprint]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

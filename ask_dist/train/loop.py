@@ -144,7 +144,7 @@ def train(state: TrainState) -> None:
     evaluate_every = max(1, round(settings.evaluate_every * epoch))
     checkpoint_every = max(1, round(settings.checkpoint_every * epoch))
     refine_every = max(1, round(state.config.refine.every * epoch))
-    since, trained = time.monotonic(), np.zeros(2)  # pairs, and seconds of sound
+    due, since, trained = False, time.monotonic(), np.zeros(2)  # pairs, and seconds of sound
     for batch, following in with_next(state.loader.batches(state.engine.global_step), state):
         values, *more = train_step(state, batch, following)
         trained += more
@@ -162,8 +162,10 @@ def train(state: TrainState) -> None:
         if "validation" in state.shards and (step % evaluate_every == 0 or last):
             evaluate_validation(state)
             since, trained = time.monotonic(), np.zeros(2)
-        if step % checkpoint_every == 0 and not last:
+        due = due or step % checkpoint_every == 0
+        if due and not last and not state.skipped_in_a_row:  # weights that give no numbers are nothing to go back to
             save_checkpoint(state)
+            due = False
             since, trained = time.monotonic(), np.zeros(2)
 
 

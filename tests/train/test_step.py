@@ -31,7 +31,8 @@ from tests.train.test_embeddings import CLIPS, RATE, SECONDS, noise
 
 BATCH, FIRST, BROKEN_RANK, STEP = 4, 6, 1, 0.1
 # Of a bank's answer, what enters the loss or, as the age of an own row does, the gradient alone.
-FIELDS = ("audio", "text", "age", "own_audio", "own_text", "own_age", "prototypes")
+ANSWER = ("audio", "text", "age", "own_audio", "own_text", "own_age", "prototypes")
+FIELDS = (*ANSWER, "clip")
 
 
 def seconds_of(number: int) -> float:
@@ -63,12 +64,12 @@ class Link:
         self.upserts += 1
 
 
-def make_state(rank: int, folder: Path) -> TrainState:
+def make_state(rank: int, folder: Path, chunk: int) -> TrainState:
     tree: dict[str, Any] = {
         "name": "noise",
         "data": {"train": str(folder), "clip_seconds": SECONDS, "length_step": STEP, "lanes": 2},
         "model": {"embedding_dim": 16, "audio": {"width": 8}, "text": {"width": 32, "heads": 2}},
-        "optimization": {"micro_batch_size": BATCH, "max_skipped": 3, "log_every": 1},
+        "optimization": {"micro_batch_size": chunk, "train_batch_size": 2 * BATCH, "max_skipped": 3, "log_every": 1},
         "knowledge": {"start": 0.0, "neighbours": 4, "reliability": {"start": 0.0, "rank": 4}},
     }
     config = configuration.parse(tree)
@@ -110,9 +111,9 @@ def _forbidden(captions: list[str]) -> Tensor:
     raise AssertionError("the step called the tokenizer")
 
 
-def steps_with_broken_answers(rank: int, folder: str) -> list[dict[str, Any]]:
-    """Whole steps first, then in turn one whose answer is broken on one rank, and a whole one."""
-    state = make_state(rank, Path(folder))
+def broken_steps(rank: int, folder: str, chunk: int) -> list[dict[str, Any]]:
+    """Whole steps first, then in turn one whose answer or clip is broken on one rank, and a whole one."""
+    state = make_state(rank, Path(folder), chunk)
     state.engine.module.text.tokenize = _forbidden  # tokens come with the batch
     found = []
     batches = state.loader.batches()
@@ -120,7 +121,9 @@ def steps_with_broken_answers(rank: int, folder: str) -> list[dict[str, Any]]:
     for number in range(state.total_steps):
         turn, whole = divmod(number - FIRST, 2)
         broken = FIELDS[turn] if number >= FIRST and not whole else None
-        state.knowledge.broken = broken if rank == BROKEN_RANK else None
+        state.knowledge.broken = broken if rank == BROKEN_RANK and broken in ANSWER else None
+        if rank == BROKEN_RANK and broken == "clip":
+            batch.audio[0, 0] = math.nan
         following, written = next(batches), state.knowledge.upserts
         values, pairs, seconds = train_step(state, batch, following)
         after = state.engine.state()
@@ -145,12 +148,12 @@ def steps_with_broken_answers(rank: int, folder: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+@pytest.fixture(scope="module", params=[BATCH, BATCH // 2], ids=["at once", "in chunks"])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("step")
     clips = (noise(number, seconds_of(number)) for number in range(CLIPS))
     write_shards(clips, folder / "train", "train", clips_per_shard=8)
-    return run_ranks(steps_with_broken_answers, 2, folder / "ranks", str(folder / "train"))
+    return run_ranks(broken_steps, 2, folder / "ranks", str(folder / "train"), request.param)
 
 
 @pytest.mark.multiprocess
@@ -166,7 +169,7 @@ def test_whole_answers_are_trained_on(ranks):
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_broken_answer_on_one_rank_is_a_step_that_all_leave_out(ranks, name):
+def test_a_broken_answer_or_clip_on_one_rank_is_a_step_that_all_leave_out(ranks, name):
     number = FIRST + 2 * FIELDS.index(name)
     for steps in ranks:
         step, then = steps[number : number + 2]
