@@ -18,6 +18,7 @@ SHARDS = Path("shards/sampled_scenes/test")
 FIGURES: dict[str, Callable[[], dict[str, float] | dict[str, str]]] = {
     "pack_vs_bare_loop": pack_vs_bare_loop,
     "loader_vs_webdataset": partial(loader_vs_webdataset, SHARDS),
+    "loader_vs_webdataset_2_processes": partial(loader_vs_webdataset, SHARDS, processes=2),
     "loader_vs_open_clip": partial(loader_vs_open_clip, SHARDS),
     "start_of_epoch": start_of_epoch,
 }

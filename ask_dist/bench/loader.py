@@ -10,9 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import psutil
 import soundfile
 import torch
@@ -26,14 +29,23 @@ from ask_dist.processor import use_cpu
 BATCH = 32
 
 
-def loader_vs_webdataset(shards_folder: Path, rounds: int = 15) -> dict[str, float]:
+def loader_vs_webdataset(shards_folder: Path, rounds: int = 15, processes: int = 0) -> dict[str, float]:
     """Against plain WebDataset, which reads the tars in order and decodes JSON and FLAC, no more.
+
+    Args:
+        shards_folder: clips of one length.
+        rounds: epochs of each.
+        processes: that decode, for both; WebDataset's also stack, as batches travel faster than samples.
 
     Returns:
         Medians over the rounds: "loader" and "webdataset" in samples/s, and their "ratio".
     """
     shards = ShardList.load(shards_folder)
-    return _side_by_side("webdataset", lambda: _read_with_webdataset(shards), shards, rounds)
+    if not processes:
+        return _side_by_side("webdataset", lambda: _read_with_webdataset(shards), shards, rounds)
+    stream = _webdataset_stream(shards, processes)
+    read = partial(_samples_of, stream, shards.clips)
+    return _side_by_side("webdataset", read, shards, rounds, processes)
 
 
 def loader_vs_open_clip(shards_folder: Path, rounds: int = 15) -> dict[str, float] | dict[str, str]:
@@ -64,14 +76,17 @@ def loader_vs_open_clip(shards_folder: Path, rounds: int = 15) -> dict[str, floa
     return _side_by_side("open_clip", lambda: sum(len(batch["text"]) for batch in data.dataloader), shards, rounds)
 
 
-def _side_by_side(other: str, read: Callable[[], int], shards: ShardList, rounds: int) -> dict[str, float]:
-    """Read an epoch a round with each, in turns, in one process without decoding processes.
+def _side_by_side(
+    other: str, read: Callable[[], int], shards: ShardList, rounds: int, processes: int = 0
+) -> dict[str, float]:
+    """Read an epoch a round with each, in turns.
 
     The loader shuffles, checks, crops and stacks; its epochs come out of one running stream, as in training.
 
     Args:
         other: the yardstick's name.
         read: reads an epoch with it and gives the samples read.
+        processes: that decode for the loader; 0: its thread does.
     """
     use_cpu(1)  # as a worker does, whose thread reads
     loader = TrainLoader(
@@ -82,6 +97,7 @@ def _side_by_side(other: str, read: Callable[[], int], shards: ShardList, rounds
         seed=0,
         sample_rate=read_sizes(shards.paths[0].parent)["sample_rate"],
         clip_seconds=shards.seconds / shards.clips,
+        processes=processes,
     )
     batches = loader.batches()
     rates: dict[str, list[float]] = {"loader": [], other: []}
@@ -108,7 +124,26 @@ def _read_with_webdataset(shards: ShardList) -> int:
     return sum(1 for _ in dataset)
 
 
-def _decode(sample: dict[str, bytes]) -> tuple[object, object]:
+def _webdataset_stream(shards: ShardList, processes: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Batches without end, of processes that run on from epoch to epoch, as the loader's do."""
+    paths = [str(path.absolute()) for path in shards.paths]
+    dataset = webdataset.WebDataset(paths, shardshuffle=False).map(_decode_tensor).batched(BATCH).repeat()
+    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=processes))
+
+
+def _samples_of(stream: Iterator[tuple[torch.Tensor, ...]], least: int) -> int:
+    samples = 0
+    while samples < least:
+        samples += len(next(stream)[0])
+    return samples
+
+
+def _decode_tensor(sample: dict[str, bytes]) -> tuple[torch.Tensor, str]:
+    (audio, _), described = _decode(sample)
+    return torch.from_numpy(audio), described["captions"][0]
+
+
+def _decode(sample: dict[str, bytes]) -> tuple[tuple[np.ndarray, int], dict[str, Any]]:
     return soundfile.read(io.BytesIO(sample["flac"]), dtype="float32"), json.loads(sample["json"])
 
 

@@ -55,7 +55,10 @@ COMPARISONS = {
         SCENES,
         {
             **{f"zero_{stage}": {"optimization.zero_stage": stage} for stage in (0, 1, 2, 3)},
-            "chunks_of_4": {"optimization.micro_batch_size": 4, "optimization.train_batch_size": 32},
+            **{
+                f"chunks_of_{size}": {"optimization.micro_batch_size": size, "optimization.train_batch_size": 32}
+                for size in (4, 8)
+            },
             "activation_checkpointing": {"optimization.activation_checkpointing": "true"},
             "ask": {"knowledge.enabled": "true"},
         },

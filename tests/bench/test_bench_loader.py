@@ -21,8 +21,9 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_benchmark_reads_with_both_and_compares(shards: Path) -> None:
-    figures = loader_vs_webdataset(shards, rounds=1)
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.multiprocess)])
+def test_the_benchmark_reads_with_both_and_compares(shards: Path, processes: int) -> None:
+    figures = loader_vs_webdataset(shards, rounds=1, processes=processes)
     assert min(figures.values()) > 0
     assert figures["ratio"] == pytest.approx(figures["loader"] / figures["webdataset"])
 
