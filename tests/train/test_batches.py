@@ -15,6 +15,7 @@ from ask_dist.config import SIGMOID, AudioModel, BatchLoss, Knowledge, Model, Op
 from ask_dist.losses.objective import AskObjective
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
 from ask_dist.models.text import Vocabulary
+from ask_dist.train import checkpoint
 from ask_dist.train.engine import Engine, learning_rate
 from ask_dist.train.parameters import parameter_groups
 from ask_dist.train.step import backward, embed
@@ -220,5 +221,10 @@ def test_a_run_goes_on_over_zero_2_on_two_zero_1_on_one_and_zero_3_on_four_ranks
     losses, state = [], None
     for world, stage, until, chunked in ((2, 2, 15, True), (1, 1, 30, True), (4, 3, STEPS, False)):
         run = run_ranks(leg, world, tmp_path / str(world), stage, until, state, chunked)[0]
-        losses, state = losses + run["losses"], run["state"]
+        losses += run["losses"]
+        (saved := tmp_path / f"saved_{until}").mkdir()
+        facts = {"global_step": until, "samples_seen": 0, "skipped_steps": 0, "lineage": "same"}
+        checkpoint.save(saved, engine=run["state"], arrays={}, banks={}, **facts)
+        assert checkpoint.load_manifest(saved, "same").global_step == until
+        state = checkpoint.load_engine(saved)
     assert losses == pytest.approx(reference["losses"], abs=1e-4)
