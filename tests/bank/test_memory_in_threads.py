@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -111,8 +112,9 @@ def test_no_answer_mixes_generations_while_files_are_overwritten_or_swapped_a_th
 
 
 @KINDS
-def test_none_of_a_million_rows_that_were_read_is_torn(kind):
-    rows, wanted = 500, 1_000_000
+@pytest.mark.parametrize("wanted", [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_no_row_that_four_callers_find_is_torn(kind, wanted):
+    rows = 500
     bank = KnowledgeBank(4, rows, "float32", index=kind, inverted_from=rows)
     ids, done = np.arange(rows), threading.Event()
     read = [0, 0, 0, 0]
@@ -131,30 +133,29 @@ def test_none_of_a_million_rows_that_were_read_is_torn(kind):
                 bank.maintain()
 
     def search(caller: int) -> None:
-        rng, searches = np.random.default_rng(caller), 0
-        while sum(read) < wanted or searches < 100:
+        rng = np.random.default_rng(caller)
+        while sum(read) < wanted:
             knowledge = bank.search_ids(rng.choice(ids, 50, replace=False), 50)
             expected = coded(knowledge.ids, knowledge.newest_step - knowledge.age)
             assert (knowledge.audio == expected).all()
             assert (knowledge.text == -expected).all()
             read[caller] += len(knowledge.ids)
-            searches += 1
 
-    def copy(caller: int) -> None:
+    def copy() -> None:
         while sum(read) < wanted:
             seen = bank.snapshot()
             expected = coded(seen.ids, seen.step)
             assert (seen.audio == expected).all()
             assert (seen.text == -expected).all()
-            read[caller] += len(seen.ids)
+            time.sleep(0.01)
 
     def check_all() -> None:
         try:
-            assert run_all([lambda: search(0), lambda: search(1), lambda: copy(2), lambda: copy(3)]) == []
+            assert run_all([copy, *(lambda caller=caller: search(caller) for caller in range(4))]) == []
         finally:
             done.set()
 
     bank.upsert(ids, coded(ids, 0 * ids), -coded(ids, 0 * ids), None, step=0)
     assert run_all([write, check_all]) == []
     assert sum(read) >= wanted
-    assert bank.metrics()["bank/upserts"] > 10 * rows
+    assert bank.metrics()["bank/upserts"] > rows
