@@ -10,6 +10,8 @@ import numpy as np
 import soundfile
 
 SILENCE = 1e-4
+# Full scale is 1. The power of a spectrum overflows float32 far above, and one such clip would cost its whole step.
+LOUDEST = 100.0
 # torchaudio's resampler builds one filter per output phase, so its cost grows with the reduced ratio's terms.
 LARGEST_RATIO_TERM = 1000
 MOST_DECODED = 2**28  # samples of all channels, 1 GiB of float32, where a length is limited
@@ -31,7 +33,7 @@ def decode(data: bytes, longest: float | None = None, room: np.ndarray | None = 
         float32 [samples], which may be a part of `room`, and the sample rate in Hz.
 
     Raises:
-        BadSample: undecodable, too long, empty, silent (peak below 1e-4), NaN or infinite.
+        BadSample: undecodable, too long, empty, silent (peak below 1e-4), too loud (above 100), NaN or infinite.
     """
     decoded = decode_channels(data, longest, room)
     audio = mono(decoded.samples)
@@ -93,7 +95,7 @@ def check(audio: np.ndarray) -> float:
     """The peak of audio [samples] or [samples, channels].
 
     Raises:
-        BadSample: it is empty, silent, NaN or infinite.
+        BadSample: it is empty, silent, too loud, NaN or infinite.
     """
     if audio.size == 0:
         raise BadSample("empty audio")
@@ -102,6 +104,8 @@ def check(audio: np.ndarray) -> float:
         raise BadSample("NaN or infinite audio")
     if peak < SILENCE:
         raise BadSample(f"silent audio: peak {peak:.1e}, at least {SILENCE:.0e} is needed")
+    if peak > LOUDEST:
+        raise BadSample(f"too loud: peak {peak:.4g}, at most {LOUDEST:g} times full scale is taken")
     return peak
 
 

@@ -54,7 +54,7 @@ def encode_clip(clip: Clip) -> EncodedClip:
     """Encode a clip as 16-bit FLAC and JSON; what lies outside -1..1 is clipped.
 
     Raises:
-        BadSample: the audio is empty, silent, NaN or infinite, or nothing that FLAC can hold.
+        BadSample: the audio is empty, silent, too loud, NaN or infinite, or nothing that FLAC can hold.
         InputError: the key or the captions can't be stored.
     """
     samples = clip.audio if audio.check(clip.audio) <= 1 else np.clip(clip.audio, -1, 1)

@@ -37,6 +37,7 @@ def test_decode_gives_mono_float32_of_any_format(kind: str, subtype: str) -> Non
         (encoded(np.full(100, 9e-5, np.float32)), "silent"),
         (encoded(np.array([0.1, np.nan], np.float32)), "NaN"),
         (encoded(np.array([0.1, -np.inf], np.float32)), "infinite"),
+        (encoded(np.array([0.1, -101.0], np.float32)), "too loud: peak 101, at most 100 times full scale"),
     ],
 )
 def test_decode_says_what_is_bad(data: bytes, reason: str) -> None:
@@ -44,8 +45,9 @@ def test_decode_says_what_is_bad(data: bytes, reason: str) -> None:
         decode(data)
 
 
-def test_the_quietest_usable_clip_is_kept() -> None:
-    assert decode(encoded(np.full(100, -1.1e-4, np.float32)))[0].shape == (100,)
+@pytest.mark.parametrize("peak", [-1.1e-4, -99.0])
+def test_the_quietest_and_the_loudest_usable_clips_are_kept(peak: float) -> None:
+    assert decode(encoded(np.full(100, peak, np.float32)))[0].shape == (100,)
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS")])

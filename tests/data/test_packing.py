@@ -244,8 +244,9 @@ def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
         file.truncate(129 * 2**20)
     soundfile.write(tmp_path / "none.wav", noise[:0], RATE)
     soundfile.write(tmp_path / "nan.wav", noise * np.nan, RATE, subtype="FLOAT")
+    soundfile.write(tmp_path / "loud.wav", noise * 1e20, RATE, subtype="FLOAT")
     (tmp_path / "cut.flac").write_bytes((tmp_path / "good.flac").read_bytes()[:5000])
-    names = ["long.flac", "bomb.flac", "large.wav", "none.wav", "nan.wav", "cut.flac"]
+    names = ["long.flac", "bomb.flac", "large.wav", "none.wav", "nan.wav", "loud.wav", "cut.flac"]
     table = "audio,caption_1,caption_2\n" + "".join(f"{name},words,\n" for name in names)
     table += "good.flac,words,{}\n".format("x" * 100_000)
     (tmp_path / "t.csv").write_bytes(table.encode() + b"good.flac,caf\xe9,\n")
@@ -256,6 +257,7 @@ def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
         ("large.wav", "too large"),
         ("none.wav", "empty audio"),
         ("nan.wav", "NaN or infinite audio"),
+        ("loud.wav", "too loud"),
         ("cut.flac", "undecodable audio"),
         ("good.flac", "a caption of 100000 characters, at most 10000 are taken"),
         ("good.flac", "a caption that is not UTF-8"),
