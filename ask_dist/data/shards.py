@@ -102,8 +102,8 @@ class ShardList:
             cache: of shards behind URLs; None: the default one.
 
         Raises:
-            InputError: a folder, its sizes.json or a listed shard is missing, nothing is listed, or the file is not
-                in the format of shards/README.md.
+            InputError: a folder, its sizes.json or a listed shard is missing, nothing is listed, a shard is named
+                twice, or the file is not in the format of shards/README.md.
         """
         given = [places] if isinstance(places, str | Path) else list(places)
         cache = cache or ShardCache()
@@ -111,10 +111,13 @@ class ShardList:
         seconds = 0.0
         classes: Counter[str] = Counter()
         content = hashlib.blake2b(digest_size=16)
+        named_by: dict[str, Path | str] = {}
         for place, weight in zip(given, weights or [1.0] * len(given), strict=True):
             for folder, wanted in expand(place):
                 sizes = read_sizes(folder, cache)
+                real = folder if is_url(folder) else os.path.realpath(folder)
                 for name in _chosen(folder, sizes["shards"], wanted):
+                    _refuse_repeated(f"{real}/{name}", place, named_by)
                     shard = sizes["shards"][name]
                     path = cache.place(f"{folder}/{name}", shard["sha256"]) if is_url(folder) else Path(folder) / name
                     columns.append((path, name, shard["clips"], shard["sha256"], weight, folder))
@@ -177,6 +180,15 @@ class ShardList:
 
     def _remote(self, shard: int) -> bool:
         return self.remote and is_url(self.folders[shard])
+
+
+def _refuse_repeated(shard: str, place: Path | str, named_by: dict[str, Path | str]) -> None:
+    """Notes which place names a shard; InputError where an earlier one did: all of its clips would come twice."""
+    if shard in named_by:
+        raise InputError(
+            f"{shard} is named twice, by {named_by[shard]} and by {place}: name it once; data.weights repeats clips"
+        )
+    named_by[shard] = place
 
 
 def _chosen(folder: str, listed: Iterable[str], wanted: Sequence[str]) -> list[str]:

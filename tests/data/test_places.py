@@ -47,6 +47,8 @@ def test_patterns_behind_urls(corpus: Path) -> None:
         assert ShardList.load(f"{server.url}/t*/train-00000{{1,2}}.tar").counts == (10, 10)
         with pytest.raises(InputError, match="nothing matches"):
             expand(f"{server.url}/x*")
+        with pytest.raises(InputError, match=r"/train/train-000000\.tar is named twice"):
+            ShardList.load([f"{server.url}/train", f"{server.url}/t*"])
 
 
 def test_fsspec_file_systems_serve_as_well(corpus: Path, tmp_path: Path) -> None:

@@ -35,6 +35,15 @@ def test_several_folders_add_up_in_the_order_given(corpus: Path, tmp_path: Path)
     assert [path.parent for path in both.paths] == [other] * 11 + [corpus] * 11
 
 
+def test_a_shard_that_is_named_twice_is_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(corpus)
+    tar = f"{corpus}/train-000003.tar"
+    for places in ([corpus, corpus], [corpus, f"{corpus}/"], [tar, f"{tmp_path}/l*"], [tar, tar]):
+        with pytest.raises(InputError, match=r"train-00000[03]\.tar is named twice, by .* and by .*: name it once"):
+            ShardList.load(places, weights=[1.0, 2.0])
+    assert ShardList.load([tar, f"{corpus}/train-000004.tar"]).counts == (10, 10)
+
+
 @pytest.mark.parametrize(
     ("place", "numbers"),
     [
