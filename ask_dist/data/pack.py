@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 
 from ask_dist.data import audio
+from ask_dist.data.samples import too_large
 from ask_dist.data.shards import FORMAT, KEY, LONGEST_CAPTION, LONGEST_KEY, SIZES, Clip, write_text
 from ask_dist.errors import InputError
 
@@ -39,6 +40,9 @@ class EncodedClip:
         sample_rate: in Hz.
         seconds: length of the audio.
         classes: what sounds in it.
+
+    Raises:
+        BadSample: a member is larger than readers take.
     """
 
     key: str
@@ -49,12 +53,18 @@ class EncodedClip:
     seconds: float
     classes: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for extension, content in ((self.extension, self.audio), ("json", self.description)):
+            if problem := too_large(extension, len(content)):
+                raise audio.BadSample(f"its .{extension} {problem}")
+
 
 def encode_clip(clip: Clip) -> EncodedClip:
     """Encode a clip as 16-bit FLAC and JSON; what lies outside -1..1 is clipped.
 
     Raises:
-        BadSample: the audio is empty, silent, too loud, NaN or infinite, or nothing that FLAC can hold.
+        BadSample: the audio is empty, silent, too loud, NaN or infinite, nothing that FLAC can hold, or
+            a member would be larger than readers take.
         InputError: the key or the captions can't be stored.
     """
     samples = clip.audio if audio.check(clip.audio) <= 1 else np.clip(clip.audio, -1, 1)

@@ -22,6 +22,12 @@ LARGEST = {"json": 1 << 20} | dict.fromkeys(SOUNDS, 1 << 28)
 MAX_SECONDS = 600.0
 
 
+def too_large(extension: str, size: int) -> str | None:
+    """In words, that a member has more bytes than are read; else None."""
+    limit = LARGEST[extension]
+    return f"has {size} bytes, over the limit of {limit >> 20} MiB" if size > limit else None
+
+
 @dataclass(frozen=True)
 class Raw:
     """The undecoded members of one clip by extension; where the clip could not be read, `problem` says why instead."""
@@ -135,9 +141,8 @@ def _read(stream: BinaryIO, shard: str, key: str, found: Sequence[tuple[str, Mem
     for extension, member in found:
         if repeated or extension in contents:
             return Raw(shard, key, {}, "the key occurs twice in the shard")
-        if member.size > LARGEST[extension]:
-            limit = LARGEST[extension] >> 20
-            return Raw(shard, key, {}, f"its .{extension} has {member.size} bytes, over the limit of {limit} MiB")
+        if problem := too_large(extension, member.size):
+            return Raw(shard, key, {}, f"its .{extension} {problem}")
         stream.seek(member.offset)
         contents[extension] = stream.read(member.size)
         if len(contents[extension]) < member.size:

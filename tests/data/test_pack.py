@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.pack import write_shards
+from ask_dist.data.pack import EncodedClip, write_shards
 from ask_dist.data.samples import open_clip, read_shard
 from ask_dist.data.shards import Clip, ShardList
 from ask_dist.errors import InputError
@@ -87,3 +87,14 @@ def test_what_cannot_be_stored_is_refused(tmp_path: Path, make_clip: MakeClip) -
     with pytest.raises(BadSample, match="silent"):
         write_shards([replace(clip, audio=clip.audio * 0)], tmp_path, "train")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("extension", "limit"), [("json", 2**20), ("wav", 2**28)])
+def test_no_clip_is_larger_than_readers_take(extension: str, limit: int) -> None:
+    def clip(size: int) -> EncodedClip:
+        members = {"wav": b"", "json": b""} | {extension: bytes(size)}
+        return EncodedClip("a", members["wav"], "wav", members["json"], 8000, 1.0, ())
+
+    assert clip(limit).key == "a"
+    with pytest.raises(BadSample, match=rf"its \.{extension} has {limit + 1} bytes, over the limit of"):
+        clip(limit + 1)

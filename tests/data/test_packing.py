@@ -267,6 +267,18 @@ def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
     assert open_clip(good, RATE)[1]["captions"] == ["words"]
 
 
+def test_captions_that_are_too_much_together_are_named(tmp_path: Path, sounds: Path) -> None:
+    def row(audio: str, captions: int) -> str:
+        return json.dumps({"audio": audio, "captions": [f"{n:0>9000}" for n in range(captions)]}) + "\n"
+
+    (tmp_path / "t.jsonl").write_text(row("cat.flac", 110) + row("wordless.wav", 150))
+    summary = pack(tmp_path / "t.jsonl", sounds, tmp_path / "out")
+    reason = f"its .json has {150 * 9004 + 29} bytes, over the limit of 1 MiB"
+    assert summary.skipped == [{"line": 2, "audio": "wordless.wav", "reason": reason}]
+    (raw,) = read_shard(tmp_path / "out" / "train-000000.tar", 0, 1)
+    assert len(open_clip(raw, RATE)[1]["captions"]) == 110
+
+
 def test_a_file_that_two_rows_reach_is_packed_once(tmp_path: Path, sounds: Path) -> None:
     (sounds / "link.flac").symlink_to(sounds / "cat.flac")
     (tmp_path / "t.csv").write_text("audio,caption\ncat.flac,a cat\nlink.flac,it meows\n")

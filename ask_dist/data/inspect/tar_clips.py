@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.samples import LARGEST, describe
+from ask_dist.data.samples import LARGEST, describe, too_large
 from ask_dist.data.shards import KEY
 from ask_dist.data.tar import PLAIN, Member, all_members
 
@@ -75,10 +75,7 @@ def _problem_of(member: Member, size: int) -> str | None:
         return "is no member of a clip"
     if member.offset + member.size > size:
         return "is cut short"
-    limit = LARGEST[named[1].lower()]
-    if member.size > limit:
-        return f"has {member.size} bytes, over the limit of {limit >> 20} MiB"
-    return None
+    return too_large(named[1].lower(), member.size)
 
 
 def _whole(key: str, members: dict[str, bytes], note: Callable[[str, str], None]) -> Iterator[TarClip]:
