@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ask_dist.data.audio import BadSample
 from ask_dist.data.pack import ASIDE, WrittenShard, publish, refuse_others
 from ask_dist.data.pack_rows import PackSettings, Task, pack_rows
 from ask_dist.data.processes import in_processes
@@ -151,8 +152,13 @@ def _wanted(rows: Sequence[Row], source: Source, table: str) -> tuple[list[Row],
     first: dict[str, Row] = {}
     refused: list[dict[str, Any]] = []
     for row in rows:
-        name = "" if row.refused else _checked(audio_folder, row, table)
-        reason = row.refused or (f"the same file as line {first[name].line}" if name in first else "")
+        name, reason = "", row.refused
+        if not reason:
+            try:
+                name = _checked(audio_folder, row, table)
+                reason = f"the same file as line {first[name].line}" if name in first else ""
+            except BadSample as error:
+                reason = str(error)
         if reason:
             refused.append({"line": row.line, "audio": row.audio, "reason": reason})
         else:
@@ -280,14 +286,21 @@ def _short(name: str) -> str:
 
 
 def _checked(audio_folder: Path, row: Row, table: str) -> str:
-    """A row's URL, or the real path of its audio in the folder; links count as what they point to."""
+    """A row's URL, or the real path of its audio in the folder; links count as what they point to.
+
+    Raises:
+        BadSample: it is a loop of links.
+        InputError: it leads out of the folder, or is a URL of a kind that is not read.
+    """
     if URL.match(row.audio):
         check_url(row.audio, f"{table}, line {row.line}")
         return row.audio
     try:
         path = (audio_folder / row.audio).resolve()
         inside = path.is_relative_to(audio_folder)
-    except (OSError, ValueError):  # too long a name, a null character, a loop of links
+    except RuntimeError:  # pathlib's, not an OSError
+        raise BadSample("unreadable file: a loop of links") from None
+    except (OSError, ValueError):  # too long a name, a null character
         inside = False
     if not inside:
         raise InputError(

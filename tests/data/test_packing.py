@@ -267,6 +267,16 @@ def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
     assert open_clip(good, RATE)[1]["captions"] == ["words"]
 
 
+def test_a_loop_of_links_costs_its_row(tmp_path: Path, sounds: Path) -> None:
+    (sounds / "one.wav").symlink_to(sounds / "two.wav")
+    (sounds / "two.wav").symlink_to(sounds / "one.wav")
+    (tmp_path / "t.csv").write_text("audio,caption\none.wav,words\ncat.flac,a cat\none.wav/x.wav,words\n")
+    summary = pack(tmp_path / "t.csv", sounds, tmp_path / "out")
+    assert summary.clips == 1
+    reason = "unreadable file: a loop of links"
+    assert [(record["line"], record["reason"]) for record in summary.skipped] == [(2, reason), (4, reason)]
+
+
 def test_captions_that_are_too_much_together_are_named(tmp_path: Path, sounds: Path) -> None:
     def row(audio: str, captions: int) -> str:
         return json.dumps({"audio": audio, "captions": [f"{n:0>9000}" for n in range(captions)]}) + "\n"
