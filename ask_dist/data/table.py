@@ -159,7 +159,7 @@ def _is_binary(kind: Any) -> bool:
 def _object(table: Path, line: int, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{table}, line {line} is not JSON ({error}): one object a line is needed") from None
     if not isinstance(value, dict):
         raise InputError(f"{table}, line {line} is a {type(value).__name__}: one object a line is needed")

@@ -77,6 +77,7 @@ def test_named_caption_columns_are_taken_alone(tmp_path: Path) -> None:
         ("t.csv", "audio,text\nx,y\n", "no column caption among audio, text"),
         ("t.jsonl", '{"audio": "x"}\n', "no column caption"),
         ("t.jsonl", '{"audio": "x", "caption": "y"}\n{"audio"\n', "line 2 is not JSON"),
+        ("t.jsonl", "[" * 100_000 + "\n", "line 1 is not JSON"),
         ("t.jsonl", "[1]\n", "line 1 is a list"),
     ],
 )

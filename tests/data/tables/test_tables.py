@@ -194,6 +194,7 @@ def test_wavcaps_drops_what_the_blacklists_have_of_its_own_source(tmp_path):
         ("clotho", "t.csv", "file_name,caption\nx,y\n", "no column caption_1"),
         ("esc50", "t.csv", "filename,category\nx,y\n", "no column fold"),
         ("wavcaps", "sb_final.json", "version https://git-lfs.github.com/spec/v1", "is not JSON"),
+        ("wavcaps", "sb_final.json", "[" * 100_000, "is not JSON"),
         ("wavcaps", "sb_final.json", '{"data": []}', "no list of clips"),
         ("wavcaps", "sb_final.json", '{"data": [{"id": "1"}]}', "clip 1 has no id and caption"),
         ("wavcaps", "missing/sb_final.json", None, "No such file"),
