@@ -93,7 +93,7 @@ def expand(place: str | Path) -> list[tuple[str, tuple[str, ...]]]:
     """The folders that a place names: `{a,b}` and `{0..9}` are written out, `*` and `[...]` looked up, sorted.
 
     Returns:
-        Each folder, and where the place names tar files in it, the names or patterns of these.
+        Each folder, and where the place names tar files in it and not the whole folder, their names or patterns.
 
     Raises:
         InputError: braces that don't close, a pattern that nothing matches, or a URL that can't be listed.
@@ -108,8 +108,8 @@ def expand(place: str | Path) -> list[tuple[str, tuple[str, ...]]]:
     for text in written:
         folder, _, name = text.rpartition("/") if text.endswith(".tar") else (text.rstrip("/") or "/", "", "")
         for found in _matches(folder or "."):
-            folders.setdefault(found, []).extend([name] if name else [])
-    return [(folder, tuple(names)) for folder, names in folders.items()]
+            folders.setdefault(found, []).append(name)
+    return [(folder, () if "" in names else tuple(names)) for folder, names in folders.items()]
 
 
 def _matches(folder: str) -> list[str]:

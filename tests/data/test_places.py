@@ -37,6 +37,8 @@ def test_tar_files_can_be_named_one_by_one(corpus: Path) -> None:
         f"train-00000{number}.tar" for number in (2, 3, 4)
     )
     assert len(ShardList.load(f"{corpus}/train-00000*.tar").names) == 10
+    for place in (f"{{{corpus},{corpus}/train-000000.tar}}", f"{{{corpus}/train-000000.tar,{corpus}}}"):
+        assert ShardList.load(place).clips == 103  # the folder is named, so all of it is
     with pytest.raises(InputError, match=r"no shard of .* matches other-\*\.tar"):
         ShardList.load(f"{corpus}/other-*.tar")
 
