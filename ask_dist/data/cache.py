@@ -51,7 +51,7 @@ class ShardCache:
     """Shards from URLs, each fetched when it is needed, checked, and kept until the room is needed for another.
 
     The one that was used longest ago goes first, but none that a process has open; so the folder can exceed `gib` by
-    the shards that are being read.
+    the shards that are being read. On a file system without locks nobody knows what is open, and none goes.
 
     Attributes:
         folder: private to caches of this kind.
@@ -67,6 +67,7 @@ class ShardCache:
     pause: float = 1.0
     read_seconds: float = READ_SECONDS
     _verified: set[str] = field(default_factory=set, repr=False)
+    _locks: bool = field(default=True, repr=False)
 
     def place(self, url: str, sha256: str) -> Path:
         """Where a shard with this content lies, or would."""
@@ -103,11 +104,24 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            self._go_on_without_locks(error)
         if os.fstat(descriptor).st_nlink == 0:  # evicted before it was locked
             os.close(descriptor)
             return None
         return descriptor
+
+    def _go_on_without_locks(self, error: OSError) -> None:
+        if self._locks:
+            self._locks = False
+            log.warning(
+                "%s can't be locked (%s): no shard is removed from it, so watch its size, or set data.cache_dir to a "
+                "local disk",
+                self.folder,
+                error.strerror,
+            )
 
     def _is(self, path: Path, sha256: str) -> bool:
         """Whether a file from an earlier process, or another, is whole; asked once each."""
@@ -170,9 +184,29 @@ class ShardCache:
                     entries.append((facts.st_mtime, facts.st_size, entry.path))
         excess = sum(size for _, size, _ in entries) - self.gib * 2**30
         for _, size, path in sorted(entries):
-            if excess <= 0:
+            if excess <= 0 or not self._locks:
                 return
-            excess -= size if _unlink_unless_held(path) else 0
+            excess -= size if self._unlink_unless_held(path) else 0
+
+    def _unlink_unless_held(self, path: str) -> bool:
+        """Whether it is gone."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # another process was quicker
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._go_on_without_locks(error)
+            return False
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            return True
+        finally:
+            os.close(descriptor)
 
 
 def cache_of(config: Config) -> ShardCache:
@@ -185,19 +219,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _unlink_unless_held(path: str) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # another process was quicker
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)

@@ -205,3 +205,29 @@ def test_processes_share_a_folder_that_is_too_small_for_them(server: Server, sha
     left = list((tmp_path / "cache").iterdir())
     assert len(left) <= 2
     assert {hashlib.sha256(path.read_bytes()).hexdigest() for path in left} <= set(shards.sha256)
+
+
+# From here on the kernel answers each flock of this process with ENOSYS, as it does on some mounts of clusters.
+NO_LOCKS = """
+import ctypes
+import struct
+class Program(ctypes.Structure):
+    _fields_ = [("steps", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+steps = (0x20, 0, 0, 0), (0x15, 0, 1, 73), (0x06, 0, 0, 0x50000 + 38), (0x06, 0, 0, 0x7FFF0000)
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(Program(len(steps), ctypes.addressof(code)))) == 0
+"""
+
+
+@pytest.mark.multiprocess
+def test_where_files_cannot_be_locked_nothing_is_evicted(server: Server, shards: ShardList, tmp_path: Path) -> None:
+    urls = [" ".join(url_of(shards, server, number)) for number in range(6)]
+    gib = 2 * shards.paths[0].stat().st_size / 2**30
+    command = [sys.executable, "-c", NO_LOCKS + READER, str(tmp_path / "cache"), str(gib), *urls]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("can't be locked") == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+    assert all(server.requests[f"/{name}"] == 1 for name in shards.names[:6])
