@@ -155,6 +155,12 @@ def test_pack_takes_a_published_table_and_names_what_it_lacks(tmp_path, capsys, 
     assert "1 clips" in capsys.readouterr().out
     line = refused("pack", table, tmp_path / "out", "--recipe", "audiocaps", "--audio-folder", tmp_path)
     assert "no column audiocap_id" in line
+    table = tmp_path / "fsd_final.json"
+    table.write_text(json.dumps({"data": [{"id": name, "caption": "a tone"} for name in ("audio", "other")]}))
+    (tmp_path / "black.json").write_text(json.dumps({"FreeSound": ["other", "third"]}))
+    options = ("--recipe", "wavcaps", "--audio-folder", tmp_path, "--beside", tmp_path / "black.json")
+    assert run("pack", table, tmp_path / "freesound", *options) == 0
+    assert "black.json: 1 of 2 rows are left out" in capsys.readouterr().out
     assert "only --recipe audiosetcaps, clotho" in refused("pack", table, tmp_path / "out", "--beside", table)
     assert "no audio folder" in refused("pack", table, tmp_path / "out", "--audio-folder", tmp_path / "nowhere")
 

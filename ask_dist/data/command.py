@@ -13,7 +13,7 @@ from ask_dist.data.pack_rows import PackSettings
 from ask_dist.data.packing import QUARANTINE, pack_table
 from ask_dist.data.sources import Source
 from ask_dist.data.table import read_table
-from ask_dist.data.tables import READERS, TAKE_BESIDE
+from ask_dist.data.tables import LEAVE_OUT, READERS, TAKE_BESIDE
 from ask_dist.errors import InputError
 
 
@@ -47,6 +47,10 @@ def pack(
         rows = read_table(table, audio_column, caption_columns)
     else:
         rows = READERS[recipe](table, source.folder, beside)
+    if beside and recipe in LEAVE_OUT:
+        left_out = sum(row.refused in {f"in {path.name}" for path in beside} for row in rows)
+        names = ", ".join(path.name for path in beside)
+        console.print(f"{names}: {left_out} of {len(rows)} rows are left out", highlight=False, soft_wrap=True)
     with bars(console) as update:
         summary = pack_table(
             rows,

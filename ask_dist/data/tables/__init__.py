@@ -27,6 +27,7 @@ class Reader(Protocol):
         ...
 
 
+LEAVE_OUT = ("audiosetcaps", "wavcaps")  # these leave out the clips that the files beside their table name
 TAKE_BESIDE = ("audiosetcaps", "clotho", "wavcaps")
 READERS: dict[str, Reader] = {
     "audiocaps": audiocaps.read,

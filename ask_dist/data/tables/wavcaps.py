@@ -33,12 +33,12 @@ def read(table: Path, audio_folder: Path, beside: Sequence[Path] = ()) -> list[R
     rows: dict[str, Row] = {}
     for number, item in enumerate(_items(table), 1):
         clip = str(item["id"])
-        stem = clip.removesuffix(".wav")
+        stem = _stem(clip)
         extra = {"id": clip} | (RECORDINGS[source](stem) if source in RECORDINGS else {})
         row = rows.setdefault(clip, Row(number, "", texts(item["caption"]), [], extra, f"{source.lower()}-{stem}"))
         files.give(row, [stem])
-        if clip in banned:
-            row.refused = f"in {banned[clip].name}"
+        if stem in banned:
+            row.refused = f"in {banned[stem].name}"
     return list(rows.values())
 
 
@@ -54,11 +54,18 @@ def _items(table: Path) -> list[dict[str, Any]]:
 
 
 def _blacklist(path: Path, source: str) -> list[str]:
-    """The ids that a blacklist has of a source."""
+    """The ids that a blacklist has of a source, without extension."""
     content = _json(path)
     if not isinstance(content, dict) or not all(isinstance(ids, list) for ids in content.values()):
         raise InputError(f"{path} is no blacklist: an object with a list of ids for each source is needed")
-    return [str(name) for name in content.get(source, [])]
+    if source in RECORDINGS and source not in content:
+        found = ", ".join(list(content)[: len(SOURCES)]) or "nothing"
+        raise InputError(f"{path} has no list of {source}'s ids, only {found}: give one of WavCaps' blacklists")
+    return [_stem(str(name)) for name in content.get(source, [])]
+
+
+def _stem(clip: str) -> str:
+    return clip.removesuffix(".wav")
 
 
 def _json(path: Path) -> Any:

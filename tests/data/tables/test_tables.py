@@ -186,6 +186,24 @@ def test_wavcaps_drops_what_the_blacklists_have_of_its_own_source(tmp_path):
         read(freesound.rename(tmp_path / "mine.json"), audio, lists)
 
 
+def test_wavcaps_ids_are_the_same_with_wav_and_without(tmp_path):
+    audio = record(tmp_path / "audio", "201.flac", "Yaaaaaaaaaaa.flac")
+    banned = [write(tmp_path / "b.json", json.dumps({"AudioSet": ["Yaaaaaaaaaaa"], "FreeSound": ["201.wav"]}))]
+    for table in (wavcaps(tmp_path / "fsd_final.json", "201"), wavcaps(tmp_path / "as_final.json", "Yaaaaaaaaaaa.wav")):
+        assert [row.refused for row in READERS["wavcaps"](table, audio, banned)] == ["in b.json"]
+
+
+@pytest.mark.parametrize("names", [{"Freesound": ["201"]}, {"AudioSet": ["Yaaaaaaaaaaa.wav"]}, {}])
+def test_a_wavcaps_blacklist_without_the_source_is_refused(tmp_path, names):
+    audio = record(tmp_path / "audio", "201.flac")
+    banned = write(tmp_path / "b.json", json.dumps(names))
+    table = wavcaps(tmp_path / "fsd_final.json", "201")
+    with pytest.raises(
+        InputError, match=r"b\.json has no list of FreeSound's ids, only .*: give one of WavCaps' black"
+    ):
+        READERS["wavcaps"](table, audio, [banned])
+
+
 @pytest.mark.parametrize(
     ("recipe", "name", "text", "message"),
     [
