@@ -267,6 +267,27 @@ def test_audio_and_captions_over_the_limits_are_named(tmp_path: Path) -> None:
     assert open_clip(good, RATE)[1]["captions"] == ["words"]
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_a_wav_that_is_cut_is_named_and_a_stream_without_a_size_is_not(tmp_path: Path, original: bool) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 801)
+    soundfile.write(tmp_path / "whole.wav", noise, RATE, subtype="PCM_U8")  # an odd number of bytes
+    whole = (tmp_path / "whole.wav").read_bytes()
+    start = whole.index(b"data") + 8
+    for number, size in enumerate((0x7FFFF000, 0xFFFFFFFF)):  # as SoX and FFmpeg write into pipes
+        stream = whole[: start - 4] + size.to_bytes(4, "little") + whole[start:]
+        (tmp_path / f"stream{number}.wav").write_bytes(stream[:-100])
+    noted = whole[: start - 8] + b"note" + (3).to_bytes(4, "little") + b"abc\0" + whole[start - 8 :]
+    for name, data in (("noted", noted), ("cut", whole[:-2]), ("noted_and_cut", noted[: len(noted) // 2])):
+        (tmp_path / f"{name}.wav").write_bytes(data)
+    names = ["whole", "noted", "stream0", "stream1", "cut", "noted_and_cut"]
+    (tmp_path / "t.csv").write_text("audio,caption\n" + "".join(f"{name}.wav,noise\n" for name in names))
+    summary = pack(tmp_path / "t.csv", tmp_path, tmp_path / "out", original=original)
+    assert [(record["audio"], record["reason"]) for record in summary.skipped] == [
+        ("cut.wav", "truncated WAV: 800 of 801 bytes of sound"),
+        ("noted_and_cut.wav", f"truncated WAV: {len(noted) // 2 - start - 12} of 801 bytes of sound"),
+    ]
+
+
 def test_a_loop_of_links_costs_its_row(tmp_path: Path, sounds: Path) -> None:
     (sounds / "one.wav").symlink_to(sounds / "two.wav")
     (sounds / "two.wav").symlink_to(sounds / "one.wav")
