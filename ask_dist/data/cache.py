@@ -17,7 +17,7 @@ from fsspec.callbacks import Callback
 
 from ask_dist.config import Config
 from ask_dist.data.audio import BadSample
-from ask_dist.data.places import READ_SECONDS, filesystem, may_pass, one_line
+from ask_dist.data.places import READ_SECONDS, Pace, filesystem, may_pass, one_line
 from ask_dist.errors import InputError
 from ask_dist.files import aside_of, refusal, writing
 
@@ -34,16 +34,18 @@ class _TooLarge(Exception):
 
 
 class _Meter(Callback):
-    """Stops a download at `limit` bytes, whatever the server sends."""
+    """Stops a download at `limit` bytes, or where it is too slow, whatever the server sends."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, grace: float) -> None:
         super().__init__()
         self._limit = limit
+        self._pace = Pace(grace)
 
     def relative_update(self, inc: int = 1) -> None:
         super().relative_update(inc)
         if self.value > self._limit:
             raise _TooLarge(f"over {self._limit} bytes")
+        self._pace.check(self.value)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class ShardCache:
         gib: its size limit.
         tries: how often a shard is asked for before it counts as lost.
         pause: seconds before the second try; each further pause is twice as long.
-        read_seconds: silence of a server after which a try has failed.
+        read_seconds: silence of a server after which a try has failed; after so many it must also be at its pace.
     """
 
     folder: Path = DEFAULT_FOLDER
@@ -154,7 +156,7 @@ class ShardCache:
             attempt += 1
             try:
                 files, place = filesystem(url, self.read_seconds)
-                files.get_file(place, str(aside), callback=_Meter(limit))
+                files.get_file(place, str(aside), callback=_Meter(limit, self.read_seconds))
                 if sha256 is None or file_sha256(aside) == sha256:
                     os.replace(aside, path)
                     return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,29 @@ from ask_dist.errors import InputError
 # What each needs beside fsspec. Others, and fsspec's chains of them, are refused: some run commands or read pickles.
 NEEDS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "memory": "", "file": ""}
 CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
+# Bytes a second that a download has on average, or has failed: no read times out at a server that drips. A GiB may take
+# three days.
+SLOWEST = 4096
+
+
+class TooSlow(Exception):
+    """A download that goes on but leads nowhere."""
+
+
+class Pace:
+    """Watches how fast one download comes from its first bytes on, but for `grace` seconds."""
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self._began: float | None = None  # until then the limits on silence hold
+
+    def check(self, received: int) -> None:
+        """Called whenever some more came. Raises TooSlow where `received` bytes are too few by now."""
+        if self._began is None:
+            self._began = time.monotonic()
+        seconds = time.monotonic() - self._began
+        if received < SLOWEST * (seconds - self._grace):
+            raise TooSlow(f"{received} bytes in {seconds:.1f} s, less than {SLOWEST} a second")
 
 
 def is_url(place: str | Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.places import may_pass, one_line, reach, status_of
+from ask_dist.data.places import Pace, TooSlow, may_pass, one_line, reach, status_of
 from ask_dist.data.table import URL
 from ask_dist.errors import InputError
 
@@ -28,8 +28,8 @@ class Source:
     Attributes:
         folder: what paths are relative to; URLs need none.
         most_bytes: a larger file is refused.
-        timeout: seconds without an answer, and between two pieces of one.
-        tries: of a URL that times out, breaks off or answers 429 or 5xx.
+        timeout: seconds without an answer, and between two pieces of one; after so many a URL must also be at its pace.
+        tries: of a URL that times out, is too slow, breaks off or answers 429 or 5xx.
         pause: seconds before the second try, doubled before each further one.
     """
 
@@ -72,6 +72,8 @@ class Source:
     def _reason(self, error: Exception) -> str:
         if isinstance(error, FileNotFoundError):
             return "not found"
+        if isinstance(error, TooSlow):
+            return str(error)
         if isinstance(error, TimeoutError):
             return f"no answer within {self.timeout:g} s"
         status = status_of(error)
@@ -85,17 +87,20 @@ class Source:
             filesystem, path = reach(url, self.timeout, self.timeout)
         except ImportError as error:
             raise InputError(f"{protocol}:// needs a package that is missing ({error}): install it") from None
+        pace = Pace(self.timeout)
         with filesystem.open(path, "rb", **reading) as file:
-            return self._limited(file)
+            return self._limited(file, pace)
 
-    def _limited(self, file: Any) -> bytes:
-        """All of an open file, or BadSample once it is over the limit."""
+    def _limited(self, file: Any, pace: Pace | None = None) -> bytes:
+        """All of an open file, or BadSample once it is over the limit, TooSlow where it does not keep the pace."""
         blocks, size = list[bytes](), 0
         while block := file.read(BLOCK):
             blocks.append(block)
             size += len(block)
             if size > self.most_bytes:
                 raise BadSample(f"too large: over {self.most_bytes / 2**20:g} MiB")
+            if pace is not None:
+                pace.check(size)
         return b"".join(blocks)
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `folder`; the next requests of a path fail as `faults[path]` lists: "500", "404", "short" or "stall"."""
+    """Serves `folder`; the next requests of a path fail as `faults[path]` lists: "500", "404", "short" or "stall".
+
+    A "drip" sends a byte now and then; what is "slow" comes in pieces, whole in the end.
+    """
 
     daemon_threads = True
 
@@ -36,6 +39,8 @@ class _Handler(SimpleHTTPRequestHandler):
         fault = faults.pop(0) if faults else ""
         if fault.isdigit():
             self.send_error(int(fault))
+        elif fault in ("drip", "slow"):
+            self._in_pieces(Path(self.translate_path(self.path)).read_bytes(), fault == "drip")
         elif fault:
             content = Path(self.translate_path(self.path)).read_bytes()
             self.send_response(200)
@@ -47,6 +52,17 @@ class _Handler(SimpleHTTPRequestHandler):
                 self.server.released.wait(30)
         else:
             super().do_GET()
+
+    def _in_pieces(self, content: bytes, bytewise: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        size = 1 if bytewise else len(content) // 10 + 1
+        with suppress(ConnectionError):  # whoever read this gave up
+            for start in range(0, len(content), size):
+                self.wfile.write(content[start : start + size])
+                if self.server.released.wait(0.1):
+                    return
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -72,6 +72,21 @@ def test_what_may_pass_is_tried_again(server: Server, shards: ShardList, tmp_pat
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".partial"]
 
 
+def test_a_server_that_drips_is_given_up_but_a_slow_one_is_not(
+    server: Server, shards: ShardList, tmp_path: Path
+) -> None:
+    server.faults["/train-000000.tar"] = ["drip", "drip"]
+    server.faults["/train-000001.tar"] = ["slow"]
+    cache = cache_in(tmp_path, tries=2)
+    start = time.monotonic()
+    with pytest.raises(BadSample, match=r"after 2 tries: \d+ bytes in [0-9.]+ s, less than 4096 a second"):
+        cache.fetch(f"{server.url}/train-000000.tar", tmp_path / "0.tar", 2**20)
+    assert time.monotonic() - start < 5
+    cache.fetch(f"{server.url}/train-000001.tar", tmp_path / "1.tar", 2**20)
+    assert file_sha256(tmp_path / "1.tar") == shards.sha256[1]
+    assert server.requests["/train-000001.tar"] == 1
+
+
 def test_a_shard_that_cannot_be_had_is_skipped_and_named(server: Server, tmp_path: Path) -> None:
     server.faults["/train-000004.tar"] = ["500"] * 100
     server.faults["/train-000005.tar"] = ["404"] * 100

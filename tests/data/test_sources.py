@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -34,6 +35,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(403)
         elif self.path == "/slow.wav":
             time.sleep(1)
+        elif self.path == "/drip.wav":
+            with suppress(ConnectionError):  # whoever read this gave up
+                self.answer(b"")
+                for byte in CONTENT:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.1)
         elif self.path in ("/whole.wav", "/mended.wav", "/short_once.wav"):
             self.answer(CONTENT)
         else:
@@ -76,6 +83,7 @@ def test_a_url_is_read_whole_after_as_many_tries_as_it_takes(
     [
         ("broken", 3, "unreadable URL after 3 tries: it answers 500"),
         ("slow", 3, "unreadable URL after 3 tries: no answer within 0.3 s"),
+        ("drip", 3, r"unreadable URL after 3 tries: \d+ bytes in [0-9.]+ s, less than 4096 a second"),
         ("short", 3, "unreadable URL after 3 tries: ClientPayloadError"),
         ("secret", 1, "unreadable URL: it answers 403"),
         ("gone", 1, "unreadable URL: not found"),
