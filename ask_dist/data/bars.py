@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,21 +36,33 @@ class RateColumn(ProgressColumn):
 def bars(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage, with rate and time left; what it yields is called with a stage's name, done and in all.
 
-    Where there is no terminal (a job's log), the stage at work tells how far it is, every `PLAIN_SECONDS`.
+    Where there is no terminal (a job's log), the stage at work tells the same in a line, every `PLAIN_SECONDS`.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-    tasks = {}
+    tasks: dict[str, TaskID] = {}
+    begun: dict[str, tuple[float, int]] = {}  # when each stage was first heard of, and how far it was
     told = time.monotonic()
     with progress:
 
         def update(stage: str, done: int, total: int) -> None:
             nonlocal told
+            start, before = begun.setdefault(stage, (time.monotonic(), done))
             if not console.is_terminal and time.monotonic() - told >= PLAIN_SECONDS:
                 told = time.monotonic()
-                console.print(f"{stage}: {done:,} of {total:,} ({done / total:.0%})", highlight=False)
+                pace = _pace(done - before, told - start, total - done)
+                line = f"{stage}: {done:,} of {total:,} ({done / total:.0%}){pace}"
+                console.print(line, highlight=False, soft_wrap=True)
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total)
             progress.update(tasks[stage], completed=done, total=total)
 
         yield update
+
+
+def _pace(done: int, seconds: float, left: int) -> str:
+    """The rate of what was done in so many seconds, and the time that the rest takes at that."""
+    if not seconds:
+        return ""
+    rate = done / seconds
+    return f", {rate:.3g}/s" + (f", {timedelta(seconds=round(left / rate))} left" if rate else "")
