@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ MAY_DIFFER = {
 }
 NAMED = 3  # captions that a refusal quotes
 ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
+log = logging.getLogger(__name__)
 
 
 def check_start(config: Config, shards: dict[str, ShardList]) -> None:
@@ -65,6 +67,13 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
                 f"step; bank.capacity is {config.bank.capacity}, raise it to {rows + anchors} at least"
             )
         _refuse_held_out(config.bank.source, state, HeldOut.of(shards))
+        if config.data.fingerprints and state["audio"].any() and _compared(other) != _compared(config):
+            log.warning(
+                "bank.from=%s holds no sounds to compare by data.fingerprints, only keys, digests and recordings; "
+                "`ask-dist bank build` compares sounds, where the run of --checkpoint has data.fingerprints=true and "
+                "the same validation, test and held_out",
+                config.bank.source,
+            )
 
 
 def new_model(config: Config, vocabulary: Vocabulary) -> DualEncoder:
@@ -148,6 +157,12 @@ def _refuse_held_out(folder: Path, state: State, held_out: HeldOut) -> None:
             f"bank.from={folder} holds {len(captions)} captions without audio that data.validation, data.test or "
             f"data.held_out has ({quoted}); build it again without them, or test on others"
         )
+
+
+def _compared(config: Config) -> tuple[object, ...]:
+    """What a run compares with fingerprints, and whether it does."""
+    data = config.anchored().data
+    return data.fingerprints, data.validation, data.test, data.held_out
 
 
 def _shape(config: Config) -> dict[str, object]:

@@ -123,6 +123,25 @@ def test_so_is_one_of_their_captions_without_audio(run, bank, tmp_path):
         check(run, tmp_path / "captions", f"data.test={tmp_path / 'test'}")
 
 
+def test_a_bank_that_was_not_compared_by_sound_is_told_of(corpus, run, bank, tmp_path, caplog):
+    sound = np.random.default_rng(9).normal(scale=0.1, size=800).astype(np.float32)
+    for split in ("test", "other"):
+        write_shards([Clip(f"{split}-0", sound, RATE, ("other words",))], tmp_path / split, "test")
+    asked = ["data.fingerprints=true", f"data.test={tmp_path / 'test'}"]
+    (tmp_path / "captions.txt").write_text("noise number 1\n")
+    build(run, tmp_path / "captions.txt", tmp_path / "captions", Console(quiet=True))
+    check(run, bank, asked[1])
+    check(run, tmp_path / "captions", *asked)  # captions have no sound
+    heard = shutil.copytree(run, tmp_path / "heard")
+    (heard / "config.yaml").write_text(configuration.dump(configuration.load(run / "config.yaml", asked)))
+    check(heard, bank)
+    assert caplog.messages == []
+    check(run, bank, *asked)
+    check(heard, bank, f"data.test={tmp_path / 'other'}")
+    line = f"bank.from={bank} holds no sounds to compare by data.fingerprints, only keys, digests and recordings; "
+    assert [message.startswith(line) and "\n" not in message for message in caplog.messages] == [True, True]
+
+
 def test_the_folders_of_pretrained_encoders_are_not_needed_again(tmp_path):
     needs_pretrained()
     clap, run, vocabulary = save_clap(tmp_path / "clap"), tmp_path / "run", Vocabulary.train(CAPTIONS, 300)
