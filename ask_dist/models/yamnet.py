@@ -73,6 +73,9 @@ class YamnetEncoder(AudioEncoder):
         return self.pool(self.patches(audio))
 
     def tower_blocks(self) -> list[nn.Module]:
+        for block in self._blocks:  # the same ones at every call, of the layers that the network has by now: adapters
+            for name in list(block._modules):
+                block.add_module(name, self.network.get_submodule(name))
         return list(self._blocks)
 
     def pool(self, patches: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class YamnetEncoder(AudioEncoder):
         return torch.cat([self._through(part) for part in parts]).mean(dim=(2, 3)).view(batch, patches, PATCH_DIM)
 
     def _through(self, images: Tensor) -> Tensor:
-        for block in self._blocks:
+        for block in self.tower_blocks():
             images = block(images)
         return images
 
