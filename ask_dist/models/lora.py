@@ -19,7 +19,8 @@ def add_adapters(model: DualEncoder, config: Model) -> None:
     To be called once the weights are those that the run starts from: their names change.
 
     Raises:
-        InputError: peft is not installed, or the tower has no layer of the names in `targets`.
+        InputError: peft is not installed, the tower has no layer of the names in `targets`, or one is of an
+            `nn.MultiheadAttention`.
     """
     for side, encoder, lora in (
         ("audio", model.audio, config.audio.lora),
@@ -51,10 +52,25 @@ def merged(model: nn.Module) -> nn.Module:
 def _add(encoder: Encoder, lora: Lora, setting: str) -> None:
     peft = optional_module("peft", setting)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    # What torch's attention computes by: it reads the weights of its last layer past an adapter, and one around the
+    # whole can't be taken off again.
+    attention = {name for name, module in encoder.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    attention |= {f"{name}.out_proj" for name in attention}
     adapters = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=sorted(attention) if targets == "all-linear" else None,
+        bias="none",
     )
     try:
         peft.inject_adapter_in_model(adapters, encoder)  # freezes all other weights too
     except ValueError as error:  # no such layer, or one of a kind that takes no adapter
         raise InputError(f"{setting}.targets={targets}: {first_line(error)}; name other layers") from None
+    for name, module in encoder.named_modules():
+        if name in attention and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            raise InputError(
+                f"{setting}.targets={targets}: an adapter in nn.MultiheadAttention ({name}) would not learn or not be "
+                "merged; name other layers, such as linear1 and linear2, or all-linear"
+            )
