@@ -46,6 +46,10 @@ class ClapAudioEncoder(FixedStatistics, AudioEncoder):
         self.network = load_network(folder, "ClapAudioModelWithProjection")
         self.extractor = load_extractor(folder, "ClapFeatureExtractor")
         self.fused: bool = self.network.config.enable_fusion
+        if self.fused:  # what hears sounds that are longer than the extractor takes: no clip is
+            patches = self.network.audio_model.audio_encoder.patch_embed
+            patches.fusion_model.requires_grad_(False)
+            patches.mel_conv2d.requires_grad_(False)
         self.sample_rate: int = self.extractor.sampling_rate
         self.output_dim: int = self.network.config.projection_dim
         self.logit_scale = _logit_scale(folder)

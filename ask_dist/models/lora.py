@@ -56,12 +56,14 @@ def _add(encoder: Encoder, lora: Lora, setting: str) -> None:
     # whole can't be taken off again.
     attention = {name for name, module in encoder.named_modules() if isinstance(module, nn.MultiheadAttention)}
     attention |= {f"{name}.out_proj" for name in attention}
+    # A layer that an encoder holds frozen by itself is one that it does not use, such as a pooler.
+    unused = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear) and _frozen(module)}
     adapters = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=sorted(attention) if targets == "all-linear" else None,
+        exclude_modules=sorted(attention | unused) if targets == "all-linear" else None,
         bias="none",
     )
     try:
@@ -74,3 +76,7 @@ def _add(encoder: Encoder, lora: Lora, setting: str) -> None:
                 f"{setting}.targets={targets}: an adapter in nn.MultiheadAttention ({name}) would not learn or not be "
                 "merged; name other layers, such as linear1 and linear2, or all-linear"
             )
+
+
+def _frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())

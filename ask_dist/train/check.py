@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from ask_dist import cluster
 from ask_dist.bank.memory import KnowledgeBank
@@ -22,10 +23,13 @@ from ask_dist.data.shards import ShardList, evenly
 from ask_dist.errors import InputError
 from ask_dist.losses.injection import Neighbours
 from ask_dist.losses.objective import AskObjective
+from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.models.lora import add_adapters
+from ask_dist.models.minilm import FolderTextEncoder
 from ask_dist.models.text import Vocabulary
 from ask_dist.train import loop
 from ask_dist.train.embeddings import refuse_long_clips
+from ask_dist.train.parameters import encoders
 from ask_dist.train.precision import compute_in
 from ask_dist.train.run import check_data, steps_per_epoch
 from ask_dist.train.start import new_model
@@ -70,7 +74,7 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
         The loss, seconds taken, and the model's parameter count.
 
     Raises:
-        InputError: the loss or a gradient is not finite.
+        InputError: the loss or a gradient is not finite, or weights that are to learn have none.
     """
     torch.manual_seed(config.seed)
     size = config.optimization.micro_batch_size
@@ -93,7 +97,30 @@ def synthetic_step(config: Config, shards: ShardList) -> tuple[float, float, int
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not torch.isfinite(loss) or not all(torch.isfinite(gradient).all() for gradient in gradients):
         raise InputError(f"the synthetic step gave loss {loss.item()}; lower optimization.learning_rate or use fp32")
+    _refuse_idle(model)
     return loss.item(), time.perf_counter() - start, sum(p.numel() for p in model.parameters())
+
+
+def _refuse_idle(model: DualEncoder) -> None:
+    """Raises InputError where the step's gradient does not reach weights that are to learn."""
+    may_idle: set[nn.Parameter] = set()
+    for encoder in encoders(model).values():
+        learns = any(parameter.grad is not None for parameter in encoder.parameters())
+        # Frozen until later; or any network of transformers, which may have weights that captions' vectors do without.
+        if encoder.held or (isinstance(encoder, FolderTextEncoder) and learns):
+            may_idle |= {
+                weights for name, weights in encoder.named_parameters() if encoder.held or ".lora_" not in name
+            }
+    idle = [
+        name
+        for name, weights in model.named_parameters()
+        if weights.requires_grad and weights.grad is None and weights not in may_idle
+    ]
+    if idle:
+        raise InputError(
+            f"{len(idle)} weights that are to learn get no gradient, {idle[0]} among them; leave such layers out of "
+            "lora.targets, and let an encoder of your own call requires_grad_(False) on what it does not use"
+        )
 
 
 def _synthetic_neighbours(config: Config) -> Neighbours:
