@@ -52,12 +52,13 @@ class Encoder(nn.Module):
         Args:
             until: share of a run after which `advance` lifts both instead. The weights keep `requires_grad`, so that
                 an optimizer can know them from its start; what the encoder computes till then does not lead to them.
+                With 0 nothing is frozen.
         """
         if until is None:
             self.requires_grad_(False)
-        else:
-            self.thaws_at, self.held = until, True
-        return self.eval()
+            return self.eval()
+        self.thaws_at, self.held = until, until > 0.0
+        return self.eval() if self.held else self
 
     def advance(self, progress: float) -> None:
         """Tells an encoder that is frozen until a share of the run how much of it lies behind."""

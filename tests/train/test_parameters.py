@@ -109,3 +109,11 @@ def test_until_its_share_of_the_run_a_tower_is_in_evaluation_mode_and_has_no_gra
     assert all(module.training for module in tower.modules())
     tower.advance(progress)  # a run that goes on from an earlier checkpoint
     assert gradient() is None
+
+
+def test_a_tower_that_is_frozen_until_the_start_learns_from_the_start():
+    whole = model(freeze=True, unfreeze_at=0.0)
+    whole.encode_text(whole.text.tokenize(["a dog", "rain"]))[:, 0].sum().backward()
+    assert whole.text.training
+    assert all(weights.grad is not None for weights in whole.text.parameters())
+    assert {group["tower"] for group in parameter_groups(whole, weight_decay=0.1)} == {None}
