@@ -34,18 +34,39 @@ MAY_DIFFER = {
     "audio": {"source", "freeze", "unfreeze_at", "lora"},
     "text": {"source", "freeze", "unfreeze_at", "lora", "vocabulary"},
 }
+# What the encoders of this package read of `source`, `pooling` and `options`; another package's may read all.
+READ = {
+    "conv": (),
+    "transformer": (),
+    "yamnet": (),
+    "minilm": (),
+    "cnn14": ("source",),
+    "ast": ("source",),
+    "whisper": ("source",),
+    "clap-htsat": ("source",),
+    "clap-text": ("source",),
+    "automodel": ("source", "pooling"),
+}
 NAMED = 3  # captions that a refusal quotes
 ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
 log = logging.getLogger(__name__)
 
 
 def check_start(config: Config, shards: dict[str, ShardList]) -> None:
-    """Refuses weights, banks and a corpus that the run can't start from.
+    """Refuses settings, weights, banks and a corpus that the run can't start from.
 
     Raises:
-        InputError: `refine.corpus` is not there; `model.from` is no other finished run, or one of another architecture;
-            `bank.from` is no bank, or not one of these weights, does not fit, or holds what this run is tested on.
+        InputError: an encoder would leave one of its settings unread; `refine.corpus` is not there; `model.from` is no
+            other finished run, or one of another architecture; `bank.from` is no bank, or not one of these weights,
+            does not fit, or holds what this run is tested on.
     """
+    for key, value in _unread(config).items():
+        side = key.split(".")[1]
+        name = getattr(config.model, side).name
+        raise InputError(
+            f"{key}={value} is not read by the encoder {name}; leave it out, or set model.{side}.name to one that "
+            "reads it (docs/encoders.md)"
+        )
     if config.refine.corpus is not None:
         load_corpus(config.refine.corpus, config)
     if config.model.source is None:
@@ -53,9 +74,9 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
     if config.model.source.resolve() == config.run_dir.resolve():
         raise InputError(f"model.from={config.model.source} is this very run; choose another name=")
     other = saved.load_config(config.model.source)
-    asked = _shape(config)
+    asked, unread = _shape(config), _unread(other)
     for key, value in _shape(other).items():
-        if asked[key] != value:
+        if asked[key] != value and key not in unread:
             source = config.model.source
             raise InputError(f"{key} is {asked[key]}, but model.from={source} was trained with {value}: set that")
     if config.bank.source is not None:
@@ -172,3 +193,14 @@ def _shape(config: Config) -> dict[str, object]:
         inner = value if isinstance(value, dict) else {"": value}
         flat |= {f"model.{name}.{key}".rstrip("."): setting for key, setting in inner.items()}
     return flat
+
+
+def _unread(config: Config) -> dict[str, object]:
+    """The settings of a run's encoders that are given, and that these don't read."""
+    found: dict[str, object] = {}
+    for side, tower in (("audio", config.model.audio), ("text", config.model.text)):
+        for key in ("source", "pooling", "options"):
+            given = key in type(tower).model_fields and getattr(tower, key) != type(tower).model_fields[key].default
+            if given and key not in READ.get(tower.name, (key,)):
+                found[f"model.{side}.{key}"] = getattr(tower, key)
+    return found

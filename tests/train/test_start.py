@@ -158,6 +158,33 @@ def test_the_folders_of_pretrained_encoders_are_not_needed_again(tmp_path):
         assert all(value.equal(second.state_dict()[name]) for name, value in first.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.audio.source=clap", r"model\.audio\.source=clap is not read by the encoder conv; leave it out, or"),
+        ("model.text.source=clap", r"model\.text\.source=clap is not read by the encoder transformer; leave it out"),
+        ("model.audio.options={bands: 3}", r"model\.audio\.options={'bands': 3} is not read by the encoder conv; "),
+        ("model.text.pooling=cls", r"model\.text\.pooling=cls is not read by the encoder transformer; leave it out"),
+    ],
+)
+def test_settings_that_an_encoder_does_not_read_are_refused_and_finished_runs_with_them_open(
+    corpus, run, tmp_path, override, line
+):
+    config = configuration.load(run / "config.yaml", [override])
+    with pytest.raises(InputError, match=f"^{line}") as error:
+        check_start(config, load_shards(config))
+    assert "\n" not in str(error.value)
+    old = untrained_run(tmp_path / "old", corpus)
+    (old / "config.yaml").write_text(configuration.dump(config))
+    _, model = load_model(old)
+    assert model.text.output_dim == 32
+    check(run, None, f"model.from={old}")
+
+
+def test_an_encoder_of_another_package_may_read_all_settings(run):
+    check(run, None, "model.from=null", "model.audio={name: bands, source: x, options: {bands: 3}}")
+
+
 def test_rows_of_other_weights_are_refused(corpus, run, bank, tmp_path):
     other = untrained_run(tmp_path / "other", corpus, seed=1)
     assert digest(other) != digest(run)
