@@ -43,12 +43,13 @@ def write_card(folder: Path, run_dir: Path, form: str, config: Config, model: Du
 
 
 def published(config: Config) -> Config:
-    """The same run without the places of its files on this machine: of data and sources the last two parts stay."""
+    """The same run without places of this machine and its trackers: of data and sources the last two parts stay."""
     tree = config.model_dump(mode="json")
     tree["output_dir"] = "runs"
     for split in ("train", "validation", "test", "held_out"):
         tree["data"][split] = _tail(tree["data"][split])
     tree["data"]["cache_dir"] = tree["model"]["from"] = tree["bank"]["from"] = None
+    tree["refine"]["corpus"] = tree["tracking"]["wandb"] = tree["tracking"]["mlflow"] = None
     for tower in ("audio", "text"):
         tree["model"][tower]["source"] = _tail(tree["model"][tower]["source"])
     return Config.model_validate(tree)

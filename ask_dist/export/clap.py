@@ -31,9 +31,12 @@ def write_clap(folder: Path, model: DualEncoder, config: Config) -> None:
             "use --format safetensors"
         )
     transformers = optional_module("transformers", "clap-htsat")
+    towers = [network.config.to_dict() for network in (text.network, audio.network)]
+    for tower in towers:
+        tower.pop("_name_or_path", None)  # a folder of this machine
     described = transformers.ClapConfig(
-        text_config=text.network.config.to_dict(),
-        audio_config=audio.network.config.to_dict(),
+        text_config=towers[0],
+        audio_config=towers[1],
         projection_dim=audio.output_dim,
         projection_hidden_act=audio.network.config.projection_hidden_act,
     )

@@ -34,6 +34,10 @@ def export(run_dir: Path, form: str, folder: Path, console: Console) -> None:
     config, model = load_model(run_dir)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} holds something already; name another folder for --output")
+    if folder.resolve() == Path.cwd():  # a shell in it would be left in the one that was there before
+        raise InputError(
+            f"{folder} is the folder that the command runs in, which would be replaced; name one in it, such as model"
+        )
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

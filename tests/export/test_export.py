@@ -90,7 +90,8 @@ def test_transformers_gives_the_same_embeddings(tmp_path, console):
     assert "ClapModel.from_pretrained" in card
     assert "12.3 (10.1 to 14.5)" in card
     assert "640 pairs" in card
-    assert str(tmp_path) not in card
+    for path in folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
     assert "secret" not in card
     assert str(folder / "model.safetensors") in console.export_text()
 
@@ -106,12 +107,15 @@ def test_safetensors_is_a_run_that_loads_anywhere(tmp_path, console):
 
 def test_no_place_of_this_machine_is_published():
     data = {"train": ["/secret/a/train", "s3://secret/b/train"], "cache_dir": "/secret/cache"}
+    data |= {split: f"/secret/b/{split}" for split in ("validation", "test", "held_out")}
     tree = {
         "name": "tones",
         "data": data,
         "output_dir": "/secret/runs",
-        "model": {"from": "/secret/run"},
+        "model": {"from": "/secret/run", "audio": {"source": "/secret/a/clap"}, "text": {"source": "/secret/a/clap"}},
         "bank": {"from": "/secret/bank"},
+        "refine": {"strategy": "reencode", "corpus": "/secret/corpus/train"},
+        "tracking": {"tensorboard": True, "wandb": "secret", "mlflow": "sqlite:////secret/runs.db"},
     }
     shown = published(configuration.parse(tree))
     assert shown.data.train == (Path("a/train"), Path("b/train"))
@@ -191,6 +195,18 @@ def test_a_folder_in_use_is_left_alone(tmp_path, console):
     run = finished(tmp_path / "run", 8000, SMALL | {"audio": {"width": 8, "mel_bins": 20}})
     with pytest.raises(InputError, match="holds something already"):
         export(run, "safetensors", run, console)
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, console, monkeypatch):
+    run = finished(tmp_path / "run", 8000, SMALL | {"audio": {"width": 8, "mel_bins": 20}})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (Path("."), Path.cwd()):
+        with pytest.raises(InputError, match=r"is the folder that the command runs in.*; name one in it, .*model$"):
+            export(run, "safetensors", folder, console)
+    export(run, "safetensors", Path("model"), console)
+    assert (tmp_path / "here" / "model" / "config.yaml").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "run"]
 
 
 def test_an_automodel_tower_needs_its_folder_no_more(tmp_path, console):
