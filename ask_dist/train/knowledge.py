@@ -16,7 +16,7 @@ from torch import Tensor
 from ask_dist.bank.client import BankClient
 from ask_dist.bank.service import BankService
 from ask_dist.bank.shard import OwnRows, stacked, whole_metrics
-from ask_dist.cluster import Actors
+from ask_dist.cluster import BANK, Actors
 from ask_dist.config import Config
 from ask_dist.data.places import one_line
 from ask_dist.errors import InputError
@@ -61,7 +61,7 @@ class KnowledgeSource:
         self._asked = self._missed = 0
         self._polls: dict[Any, Any] = {}
         self._said: dict[Any, dict[str, float]] = {}  # the last metrics of each actor
-        self._complained = False
+        self._told: list[str] = []
 
     def exchange(self, ids: Tensor, following: Tensor, step: int, total_steps: int) -> Neighbours | None:
         """What the bank answers for the ids of this step, asked for one step before; asks for those that follow.
@@ -147,14 +147,25 @@ class KnowledgeSource:
         return self._whole_metrics(self._said)
 
     def take_problem(self) -> str | None:
-        """What is to be told of the refiner, as it last said of itself; once."""
-        if self._complained or not self._said.get(self._actors.refiner, {}).get("refine/given_up"):
-            return None
-        self._complained = True
-        return (
-            "the refiner gave up, since its generations failed one after the other: rows of the bank fade from now on; "
-            "the log of its actor, in Ray's session folder, says why, and --resume starts another"
-        )
+        """What is to be told of the refiner or of the bank's folder, as they last said of themselves.
+
+        One at a time, and each once; of a folder that could be written again meanwhile, once more.
+        """
+        said, problems = self._whole_metrics(self._said), []
+        if said.get("refine/given_up"):
+            problems.append(
+                "the refiner gave up, since its generations failed one after the other: rows of the bank fade from now "
+                "on; the log of its actor, in Ray's session folder, says why, and --resume starts another"
+            )
+        if said.get("bank/durable") == 0:
+            problems.append(
+                f"{self._config.run_dir / BANK} can't be written: the bank goes on in memory alone, and a crash of it "
+                "would lose what was written since; free space there, and all is kept again within a minute or two; "
+                "the log of the bank's actor, in Ray's session folder, names the error"
+            )
+        untold = [problem for problem in problems if problem not in self._told]
+        self._told = [problem for problem in problems if problem not in untold[1:]]
+        return untold[0] if untold else None
 
     def last_metrics(self) -> dict[str, float]:
         """As `metrics`, but waits for what the actors say now; of one that is dead or hangs, what it said last."""

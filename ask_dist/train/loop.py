@@ -194,7 +194,7 @@ def log_step(state: TrainState, values: dict[str, float], samples_per_second: fl
         "data/bad_samples": float(state.loader.bad.count),
     }
     state.log.log(row, state.engine.global_step)
-    if state.knowledge and (problem := state.knowledge.take_problem()):
+    while state.knowledge and (problem := state.knowledge.take_problem()):
         state.log.warn(problem)
 
 

@@ -150,6 +150,8 @@ def test_a_full_disk_under_the_bank_costs_no_snapshot_and_no_step(config_file: P
         fill(small)
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr
+        (warning,) = [row["warning"] for row in metrics(run) if "warning" in row]
+        assert warning.startswith(f"{run / 'bank'} can't be written")
         told = [row for row in metrics(run) if "bank/durable" in row]
         assert (told[0]["bank/durable"], told[-1]["bank/durable"]) == (1, 0)
         assert told[-1]["bank/failed"] == told[-1]["bank/dropped_upserts"] == 0

@@ -17,7 +17,7 @@ import ray
 import torch
 
 from ask_dist import cluster, config
-from ask_dist.bank import store
+from ask_dist.bank import durable, store
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.prototypes import unit_rows
 from ask_dist.config import Config
@@ -27,6 +27,7 @@ from ask_dist.train import checkpoint, knowledge
 from ask_dist.train.knowledge import KnowledgeSource, load_actors, refiner_state, save_bank
 from ask_dist.train.reencode import put_parts
 from tests.finished_run import noise_corpus, untrained_run
+from tests.mounts import fill
 
 pytestmark = pytest.mark.ray
 DIM, ROWS = 8, 120
@@ -352,6 +353,30 @@ def test_a_refiner_that_gave_up_is_told_of_once(started):
     assert problem.startswith("the refiner gave up, since its generations failed one after the other")
     assert link.metrics()["refine/given_up"] == 1
     assert link.take_problem() is None
+
+
+def test_a_full_disk_under_the_bank_is_told_of_once_and_again_if_it_fills_again(started, small_disk):
+    link, actors = started({"output_dir": str(small_disk)}, durable=True)
+    rows = unit_rows(np.random.default_rng(10).normal(size=(ROWS, DIM))).astype(np.float32)
+    ray.get(actors.bank[0][0].__ray_call__.remote(lambda _: setattr(durable, "RETRY_SECONDS", 0.1)))
+
+    def told_until(whole: float) -> list[str]:
+        told = []
+        while link.metrics().get("bank/durable") != whole:
+            told.append(link.take_problem())
+            time.sleep(0.05)
+        told += [link.take_problem() for _ in range(3)]
+        return [problem for problem in told if problem]
+
+    assert told_until(1) == []
+    for _ in range(2):
+        ballast = fill(small_disk)
+        link.put(np.arange(ROWS), rows, rows, 1)
+        (problem,) = told_until(0)
+        assert problem.startswith(f"{small_disk / 'link' / 'bank'} can't be written")
+        assert "free space there" in problem
+        ballast.unlink()
+        assert told_until(1) == []
 
 
 def process_of(actor) -> int:
