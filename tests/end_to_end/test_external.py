@@ -17,7 +17,7 @@ from ask_dist.data.shards import ShardList
 from ask_dist.evaluate.encode import encode, paired_rows
 from ask_dist.models.saved import load_model
 from tests.end_to_end.command import ask_dist
-from tests.end_to_end.conftest import clips, configuration
+from tests.end_to_end.conftest import PITCHES, SHAPES, clips, configuration
 
 pytestmark = pytest.mark.ray
 EXTERNAL_CLIPS = 60
@@ -102,3 +102,33 @@ def test_workers_encode_the_other_corpus_again_into_a_bank_of_two_shards(finishe
         assert step == last  # an interval ends with the run: these weights are the run's last
         np.testing.assert_allclose(pair, wanted, atol=5e-3)
     assert any("time/reencode" in row for row in metrics(third))
+
+
+def test_a_run_trains_with_a_bank_of_captions_alone(finished: Path, tones: Path, tmp_path: Path):
+    made = [
+        f"{shape} and {pitch}, a {kind}" for kind in ("sound", "note", "tone") for pitch in PITCHES for shape in SHAPES
+    ]
+    tested = "low and steady"  # that the finished run is tested on
+    (tmp_path / "captions.txt").write_text("\n".join([*made, tested]))
+    built = ask_dist("bank", "build", tmp_path / "captions.txt", tmp_path / "bank", "--checkpoint", finished)
+    assert built.returncode == 0, built.stderr
+    assert f"{len(made)} rows in " in built.stdout
+    assert "1 of them because they are held out" in built.stdout
+
+    config_file, run = tmp_path / "tones.yaml", tmp_path / "runs" / "fourth"
+    config_file.write_text(yaml.safe_dump(configuration(tones, tmp_path / "runs")))
+    short = ["optimization.epochs=4", "optimization.log_every=1", "knowledge.start=0", "bank.durable=true"]
+    done = ask_dist("train", config_file, *start_from(finished, tmp_path, "fourth"), *short)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in metrics(run) if "train/loss" in row]
+    assert len(rows) == 20
+    assert all(row["train/loss"] is not None and row["train/skipped_steps"] == 0 for row in rows)  # null: not finite
+    assert sum(row["train/knowledge_used"] for row in rows) > 0
+    told = json.loads((run / "report.json").read_text())["bank"]
+    assert (told["rows"], told["external_rows"]) == (160 + len(made), len(made))
+    assert 0 < told["external_share"] < 1
+    held = recover(
+        run / "bank" / "0", lambda state: KnowledgeShard.from_state(state, dim=64, capacity=500)
+    ).bank.snapshot()
+    np.testing.assert_array_equal(held.audio.any(axis=1), held.step != EXTERNAL)  # captions got no audio meanwhile
+    assert held.text.any(axis=1).all()
