@@ -18,6 +18,7 @@ from ask_dist.bank.index import sees_gpu
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit
 from ask_dist.bank.prototypes import build_prototypes, unit_rows
+from ask_dist.bank.shard import KnowledgeShard, Mark
 from ask_dist.bench.bank import pipelined
 from ask_dist.bench.machine import machine
 from ask_dist.bench.process import alone, seconds
@@ -29,6 +30,7 @@ from ask_dist.refine.refiner import PROTOTYPE_ROWS, STRATEGIES, Refiner, sampled
 INDEXES: tuple[str, ...] = get_args(configuration.Bank.model_fields["index"].annotation)
 PRECISIONS: tuple[str, ...] = get_args(configuration.Bank.model_fields["dtype"].annotation)
 ROUNDS = 5
+LOOKS = 200
 LEVELS = configuration.Bank.model_fields["prototypes"].default
 OBJECT_BYTES = 32 * 2**20
 DRIFT = 0.3  # how far a row moves between two visits, by its length
@@ -77,6 +79,7 @@ def planner_constants(
         upsert=upsert,
         snapshot=snapshot,
         commit=commit,
+        look=looks(dim, sizes),  # type: ignore[arg-type]
         refine={name: line(refined, [times[name] for times in generations]) for name in generations[0]},  # type: ignore[arg-type]
         prototypes=line(drawn, [_prototypes(dim, rows) for rows in drawn]),  # type: ignore[arg-type]
         prototype_rows=PROTOTYPE_ROWS,
@@ -143,6 +146,17 @@ def _held(dim: int, rows: int) -> tuple[float, float]:
         commit = Commit(now.ids, now.audio, now.text, now.version, LATER)
         commits.append(seconds(lambda commit=commit: bank.commit(commit)) / rows)
     return statistics.median(snapshots), statistics.median(commits)
+
+
+def looks(dim: int, sizes: Sequence[int]) -> dict[str, float]:
+    """Seconds in which a bank finds that nothing was written since a replica last asked, as they grow with its rows."""
+    times = []
+    for rows in sizes:
+        state = filled_bank("flat", "float16", rows, dim).state()
+        bank = KnowledgeShard.from_state(state, dim=dim, capacity=rows, dtype="float16")
+        mark = Mark(bank.changes(Mark()).mark.life, rows)
+        times.append(statistics.median(seconds(lambda bank=bank, mark=mark: bank.changes(mark)) for _ in range(LOOKS)))
+    return line(sizes, times)
 
 
 def _memory(index: str, rows: int, dims: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -224,6 +224,8 @@ def constants_markdown(constants: Constants) -> str:
             f"{constants.snapshot * 1e6:.2f}, {constants.commit * 1e6:.2f}",
         ],
     ]
+    for size in SHOWN_ROWS:
+        rows.append([f"a replica's look at {size:.0e} rows, beyond its call", f"{constants.look.at(size) * 1e6:.0f}"])
     for index, line in constants.search.items():
         for size in SHOWN_ROWS:
             taken = line.at(growth_of(index.removesuffix(GPU), size)) * 1e6

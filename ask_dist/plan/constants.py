@@ -48,6 +48,8 @@ class Constants(Section):
             of the rows of inverted files, since both the lists and the rows in one grow like it.
         upsert: by index, seconds a row and upsert, in both modalities.
         snapshot, commit: seconds a row that the bank's lock is held while the refiner copies it or writes it back.
+        look: seconds, beyond those of the call, in which a primary finds what was written since a replica last asked; x
+            is the rows of the shard.
         refine: by strategy, seconds of a generation on the refiner's core but for its prototypes; x is the bank's rows.
         prototypes: seconds of a generation's prototypes; x is the rows that they are made of, `prototype_rows` at most.
         encoding: seconds of a clip that is encoded again, read and decoded, by those of a clip that is trained on.
@@ -65,6 +67,7 @@ class Constants(Section):
     upsert: dict[str, Seconds]
     snapshot: Seconds
     commit: Seconds
+    look: Line
     refine: dict[str, Line]
     prototypes: Line
     prototype_rows: Annotated[int, Field(ge=1)]

@@ -57,6 +57,7 @@ def test_the_measured_constants_are_those_that_the_model_takes(local_ray, tones)
     assert set(found.indexes(gpu=False)) == set(found.upsert) == set(found.memory)
     assert all(line.at(10_000) > 0 for line in (*found.search.values(), *found.refine.values()))
     assert min(found.snapshot, found.commit, found.byte, *found.upsert.values()) > 0
+    assert found.look.at(10_000) > 0
     assert found.bytes_a_row("flat", "float32", 64) > 2 * 64 * 2  # at least what is stored
     assert {"kernel", "reencode"} <= set(found.refine)
     assert found.prototypes.at(1000) > 0

@@ -78,6 +78,7 @@ def test_work_grows_with_the_rows_or_their_root_and_with_the_width():
         upsert={},
         snapshot=0,
         commit=0,
+        look={"fixed": 0, "growth": 0},
         refine={"kernel": {"fixed": 2.0, "growth": 0.5}},
         prototypes={"fixed": 1.0, "growth": 0.25},
         prototype_rows=8,

@@ -31,6 +31,7 @@ CONSTANTS = Constants(
     upsert={"flat": 5e-6, "ivf_flat": 5e-5},
     snapshot=1e-6,
     commit=3e-6,
+    look={"fixed": 1e-5, "growth": 2e-10},
     refine={"kernel": {"fixed": 0.5, "growth": 3e-6}, "reencode": {"fixed": 0.1, "growth": 1e-6}},
     prototypes={"fixed": 0.1, "growth": 2e-5},
     prototype_rows=30_000,
