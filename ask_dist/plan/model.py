@@ -4,9 +4,10 @@ Rows are split over S shards, each of which R actors serve: a primary, which tak
 follow it. An actor has one lock and so one queue. In a step of T seconds each of W workers sends one search of m ids,
 which visits one actor of every shard (three times, if there are several), and one upsert of m rows, to the primaries of
 the shards that own them. So a primary, the busiest of its shard, sees W/(R T) searches a second, of s seconds, and W/T
-upserts, of u seconds; once a generation the refiner holds its lock, for h seconds in G.
+upserts, of u seconds; once a generation the refiner holds its lock, for h seconds in G. Each replica asks it every F
+seconds, at most, what was written: a call in which it looks through all of its rows, of l seconds.
 
-    busy = W s / (R T) + W u / T + h / G
+    busy = W s / (R T) + W u / T + h / G + (R - 1) l / F
 
 With `refine.strategy=reencode` training stops every so many steps, and the workers encode all N rows, each clip in a
 share e of what it takes in a step. Nobody searches then, and at worst they wait for every row that a primary writes, in
@@ -22,7 +23,7 @@ Two ways of arriving bound the wait, and the later answer of the two counts:
   is as late as the slowest of its S shards at each of its V visits; an upper bound takes each of the S V waits to be
   independent and to have a Vth of the time.
 - Workers in lockstep, as a gradient's all-reduce makes them: all of a step's calls arrive at once, and a primary takes
-  W u + (W / R) s seconds until the last search is answered.
+  W u + (W / R) s seconds until the last search is answered, and longer by what its replicas ask meanwhile.
 
 An answer is late if it is not there when its step begins, T after it was asked for. While the refiner holds the lock,
 nobody is answered: a hold that is longer than what is left of a step makes answers late too.
@@ -48,6 +49,7 @@ SCORE_BYTES = 12  # of a neighbour that a shard offers: score and id
 VISITS = 3  # own rows, nearest, chosen: see ask_dist/bank/shard.py
 # Bytes of the refiner: of its process to work with, and of a row's snapshot, commit and source beside their values.
 REFINER, SNAPSHOT_EXTRA, COMMIT_EXTRA, SOURCE_EXTRA = 300 * 2**20, 36, 16, 16
+FOLLOW_SECONDS = 0.5  # between two times that a replica asks its primary: see ask_dist/bank/actor.py
 PART = 1024  # rows that a worker encodes again and then writes: see ask_dist/train/reencode.py
 
 
@@ -120,6 +122,7 @@ class Work:
         answer, exchanged, rows_sent: bytes of its part of an answer, of what it is told by the other shards for that,
             and of the upsert's rows.
         calls: that the worker sends, to all shards.
+        look: seconds that a replica which asks what was written keeps it busy.
         hold, generation: seconds that the refiner holds the lock, and between two such times.
         reencoding: seconds of a pass in which the workers encode all rows again; 0 with other strategies.
     """
@@ -131,6 +134,7 @@ class Work:
     answer: float
     exchanged: float
     rows_sent: float
+    look: float
     hold: float
     generation: float
     reencoding: float
@@ -158,7 +162,7 @@ class Outcome:
 
     layout: Layout
     busy: float
-    busy_with: Literal["searches", "upserts", "the refiner"]
+    busy_with: Literal["searches", "upserts", "the refiner", "its replicas"]
     answer_mean: float
     answer_p99: float
     lockstep_p99: float
@@ -210,6 +214,7 @@ def work(load: Load, layout: Layout, constants: Constants, gpu: bool = False) ->
         answer=answer,
         exchanged=exchanged,
         rows_sent=own * width,
+        look=constants.call + constants.look.at(rows),
         hold=hold,
         generation=generation,
         reencoding=reencoding,
@@ -253,21 +258,23 @@ def predict(load: Load, layout: Layout, constants: Constants, node: Node) -> Out
     part = work(load, layout, constants, node.gpu)
     step, shards = load.step_seconds, layout.shards
     searches, upserts = load.workers / step / layout.replicas, load.workers / step
+    looks = (layout.replicas - 1) / FOLLOW_SECONDS
     shares = {
         "searches": searches * part.search,
         "upserts": upserts * part.upsert,
         "the refiner": part.hold / part.generation if part.hold else 0.0,
+        "its replicas": looks * part.look,
     }
     busy = sum(shares.values())
-    wait = mean_wait([(searches, part.search), (upserts, part.upsert)], busy)
+    wait = mean_wait([(searches, part.search), (upserts, part.upsert), (looks, part.look)], busy)
     travel = part.visits * constants.round_trip + shards * part.answer / node.network
     allowed = step - travel
-    burst = load.workers / layout.replicas * part.search
-    drained = load.workers * part.upsert + burst
     waits = shards * part.visits
     late, lockstep = 1.0, math.inf
     if busy < 1.0:
-        lockstep = load.workers * part.upsert + QUANTILE * burst
+        free = 1.0 - shares["its replicas"]
+        written, burst = load.workers * part.upsert / free, load.workers / layout.replicas * part.search / free
+        lockstep, drained = written + QUANTILE * burst, written + burst
         alone = 1.0 - (1.0 - tail(busy, wait, (allowed - part.search) / part.visits)) ** waits
         together = min(1.0, max(0.0, drained - allowed) / burst)
         held = [max(0.0, part.hold + base - allowed) / part.generation for base in (part.search, drained)]

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ask_dist.bank import actor
 from ask_dist.plan.constants import Constants
 from ask_dist.plan.model import (
+    FOLLOW_SECONDS,
     Layout,
     Load,
     Node,
@@ -122,6 +124,21 @@ def test_upserts_are_not_shared_by_replicas():
     assert all(outcome.busy > 1.0 and outcome.busy_with == "upserts" for outcome in outcomes)
 
 
+def test_each_replica_asks_its_primary_and_has_it_look_through_its_rows():
+    quiet = replace(LOAD, strategy="none", workers=1, step_seconds=1e6)  # nobody else asks for anything
+    alone, followed = (predict(quiet, Layout("ivf_flat", 2, r), CONSTANTS, NODE) for r in (1, 256))
+    assert alone.busy < 1e-6
+    assert followed.busy_with == "its replicas"
+    assert followed.busy == pytest.approx(2 * 255 * (5e-4 + 1e-5 + 500_000 * 2e-10), rel=1e-3)
+    crowded = predict(quiet, Layout("ivf_flat", 2, 1024), CONSTANTS, NODE)
+    assert crowded.problems[0] == "busy: 1.25, most with its replicas"
+    assert (crowded.late_share, crowded.lockstep_p99) == (1.0, math.inf)
+
+
+def test_replicas_ask_as_often_as_the_model_says():
+    assert actor.FOLLOW_SECONDS == FOLLOW_SECONDS
+
+
 def test_a_bank_that_can_t_keep_up_answers_late():
     outcome = predict(replace(LOAD, workers=100_000), ONE, CONSTANTS, NODE)
     assert outcome.busy > 1.0
@@ -133,9 +150,9 @@ def test_in_lockstep_the_last_answer_takes_the_busy_share_of_a_step():
     load_ = replace(LOAD, strategy="none", workers=60)
     layout = Layout("ivf_flat", 1, 16)
     part, outcome = work(load_, layout, CONSTANTS), predict(load_, layout, CONSTANTS, NODE)
-    all_served = 60 * part.upsert + 60 / 16 * part.search
-    assert outcome.busy == pytest.approx(all_served / LOAD.step_seconds)
-    assert outcome.lockstep_p99 == pytest.approx(all_served, rel=0.05)
+    all_served, asked = 60 * part.upsert + 60 / 16 * part.search, 15 / FOLLOW_SECONDS * part.look
+    assert outcome.busy == pytest.approx(all_served / LOAD.step_seconds + asked)
+    assert outcome.lockstep_p99 == pytest.approx(all_served / (1 - asked), rel=0.05)
 
 
 def test_a_long_hold_by_the_refiner_makes_answers_late():
