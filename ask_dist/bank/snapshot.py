@@ -27,10 +27,12 @@ PART_BYTES = 2**20  # are read, hashed and looked through at a time, while they 
 READERS = 8  # threads; each holds one part
 # The bits of a float without its sign, and those of infinity: what is not below them is infinite or no number.
 BITS = {2: (np.uint16, 0x7FFF, 0x7C00), 4: (np.uint32, 0x7FFFFFFF, 0x7F800000)}
-FLOATS = ("audio", "text", "reliability")
+EMBEDDINGS = ("audio", "text")
+FLOATS = (*EMBEDDINGS, "reliability")
 KINDS = {"I32": np.int32, "I64": np.int64, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 CGROUP = Path("/sys/fs/cgroup")
 MANIFEST_BYTES = 16 * 2**20  # a manifest is read whole; this holds the checksums of 4 TB
+HEADER_BYTES = 2**20  # so is the data's header, a hundred bytes an array
 
 Size = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -82,12 +84,7 @@ def read(path: Path) -> State:
         DamagedSnapshot: a file is missing or is not what was written, or its arrays are no bank.
         InputError: it does not fit into the memory.
     """
-    manifest = _sized(path)
-    free = _free_memory()  # a file of zeros takes no disk, and Linux promises more than it has
-    if manifest.bytes > free:
-        needed = f"{manifest.rows} rows, {manifest.bytes / 2**30:.1f} GiB"
-        raise InputError(f"{path} holds {needed}, this machine has {free / 2**30:.1f} GiB free: use a larger machine")
-    return _sound(path, manifest, np.empty(manifest.bytes, np.uint8))
+    return _sound(path, _sized(path), whole=True)
 
 
 def _free_memory() -> int:
@@ -106,7 +103,7 @@ def view(path: Path) -> State:
 
 
 def verify(path: Path) -> Manifest:
-    """As `read`, with no more memory than for the rows' ids and steps: the embeddings are looked at and not kept."""
+    """As `read`, with no more memory than for what is not embeddings: these are looked at and not kept."""
     manifest = _sized(path)
     _sound(path, manifest)
     return manifest
@@ -168,25 +165,38 @@ def _sized(path: Path) -> Manifest:
     return manifest
 
 
-def _sound(path: Path, manifest: Manifest, content: np.ndarray | None = None) -> State:
-    """The arrays of a snapshot that is one of a bank, in `content` (uint8 [bytes]) or, without it, in the file."""
-    data, spans, unreadable = path.with_suffix(".safetensors"), {}, None
+def _sound(path: Path, manifest: Manifest, *, whole: bool = False) -> State:
+    """The arrays of a snapshot that is one of a bank: the `whole` of it in memory, or its embeddings in the file."""
+    data = path.with_suffix(".safetensors")
     try:
         spans = _spans(data)
-    except (OSError, SafetensorError, TypeError) as error:  # the checksums may know better what is wrong
-        unreadable = error
-    finite = _compare(path, manifest, [spans[name] for name in FLOATS if name in spans], content)
-    if unreadable is not None:
-        raise DamagedSnapshot(f"{data} can't be read ({unreadable}): {_remedy(path)}")
-    state = _arrays(np.memmap(data, np.uint8, "r") if content is None else content, spans)
-    problem = _problem(state, manifest) or (None if finite else "a value is not finite")
+    except (OSError, SafetensorError, TypeError) as error:
+        raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
+    problem = _problem_of_names(spans, manifest)
+    if problem is None:
+        _check_memory(path, manifest, spans, whole)
+        content = np.empty(manifest.bytes, np.uint8) if whole else None
+        finite = _compare(path, manifest, [spans[name] for name in FLOATS], content)
+        state = _arrays(np.memmap(data, np.uint8, "r") if content is None else content, spans)
+        problem = _problem_of_values(state) or (None if finite else "a value is not finite")
     if problem:
         raise DamagedSnapshot(f"{data} is no bank: {problem}; {_remedy(path)}")
     return state
 
 
+def _check_memory(path: Path, manifest: Manifest, spans: dict[str, Span], whole: bool) -> None:
+    """Raises InputError where the arrays outgrow the memory: a file of zeros takes no disk, and Linux promises more
+    than it has."""
+    copied = sum(span.end - span.begin for name, span in spans.items() if name not in EMBEDDINGS)
+    needed = 2 * copied + (manifest.bytes if whole else 0)  # to look through a copy takes no more than itself
+    free = _free_memory()
+    if needed > free:
+        told = f"{manifest.rows} rows and takes {needed / 2**30:.1f} GiB"
+        raise InputError(f"{path} holds {told}, this machine has {free / 2**30:.1f} GiB free: use a larger machine")
+
+
 def _compare(path: Path, manifest: Manifest, floats: Sequence[Span] = (), content: np.ndarray | None = None) -> bool:
-    """Whether all of these floats are finite, of data that has its checksums; as `_looked_through`."""
+    """Whether all of these floats are finite, of data that has its checksums; as `looked_through`."""
     data = path.with_suffix(".safetensors")
     try:
         found, finite = looked_through(data, manifest.block_bytes, floats, content)
@@ -198,43 +208,51 @@ def _compare(path: Path, manifest: Manifest, floats: Sequence[Span] = (), conten
     return finite
 
 
-def _problem(state: State, manifest: Manifest) -> str | None:
-    """Why arrays that were written like this are no bank, or None; whether they are finite is not looked at."""
+def _problem_of_names(spans: dict[str, Span], manifest: Manifest) -> str | None:
+    """Why arrays of these names, shapes and dtypes are no bank, or None; nothing of them is read."""
     rows, dim = manifest.rows, manifest.dim
     wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
         name: ((rows,), np.dtype(kind)) for name, kind in PER_ROW.items()
     }
-    wanted |= {name: ((rows, dim), np.dtype(manifest.dtype)) for name in ("audio", "text")}
+    wanted |= {name: ((rows, dim), np.dtype(manifest.dtype)) for name in EMBEDDINGS}
     wanted |= {name: ((), np.dtype(np.int64)) for name in ("generation", "newest_step")}
     wanted["counts"] = ((len(COUNTERS),), np.dtype(np.int64))
     for name, (shape, kind) in wanted.items():
-        if name not in state:
+        if name not in spans:
             return f"{name} is missing"
-        if (state[name].shape, state[name].dtype) != (shape, kind):
-            return f"{name} is {state[name].dtype} {list(state[name].shape)}, not {kind} {list(shape)}"
+        if (spans[name].shape, spans[name].kind) != (shape, kind):
+            return f"{name} is {spans[name].kind} {list(spans[name].shape)}, not {kind} {list(shape)}"
+    return _problem_of_prototypes({name: spans[name] for name in spans.keys() - wanted.keys()}, dim)
+
+
+def _problem_of_prototypes(spans: dict[str, Span], dim: int) -> str | None:
+    if not spans:
+        return None
+    levels = sum(name.startswith("prototypes.") and name.endswith(".audio") for name in spans)
+    wanted = {f"prototypes.{level}.{name}" for level in range(levels) for name in EMBEDDINGS}
+    odd = sorted(spans.keys() ^ (wanted | {"prototypes.generation"}))
+    if odd:
+        return f"{odd[0]} is not known, or is missing"
+    generation = spans["prototypes.generation"]
+    if (generation.shape, generation.kind) != ((), np.dtype(np.int64)):
+        return "prototypes.generation is no whole number"
+    for level in range(levels):
+        audio, text = (spans[f"prototypes.{level}.{name}"] for name in EMBEDDINGS)
+        if len(audio.shape) != 2 or audio.shape != text.shape or audio.shape[1] != dim:
+            return f"prototypes.{level} has shapes {list(audio.shape)} and {list(text.shape)}, not [n, {dim}] twice"
+        if audio.kind.kind != "f" or text.kind.kind != "f":
+            return f"prototypes.{level} is {audio.kind} and {text.kind}, not of floats"
+    return None
+
+
+def _problem_of_values(state: State) -> str | None:
+    """Why values are no bank's, or None; whether embeddings and reliability are finite is not looked at."""
     ids = np.sort(state["ids"])
     if (ids[1:] == ids[:-1]).any():
         return "an id occurs twice"
-    return _problem_of_prototypes({name: state[name] for name in state.keys() - wanted.keys()}, dim)
-
-
-def _problem_of_prototypes(arrays: State, dim: int) -> str | None:
-    if not arrays:
-        return None
-    levels = sum(name.startswith("prototypes.") and name.endswith(".audio") for name in arrays)
-    wanted = {f"prototypes.{level}.{name}" for level in range(levels) for name in ("audio", "text")}
-    odd = sorted(arrays.keys() ^ (wanted | {"prototypes.generation"}))
-    if odd:
-        return f"{odd[0]} is not known, or is missing"
-    generation = arrays["prototypes.generation"]
-    if (generation.shape, generation.dtype) != ((), np.dtype(np.int64)):
-        return "prototypes.generation is no whole number"
-    for level in range(levels):
-        audio, text = (arrays[f"prototypes.{level}.{name}"] for name in ("audio", "text"))
-        if audio.ndim != 2 or audio.shape != text.shape or audio.shape[1] != dim:
-            return f"prototypes.{level} has shapes {list(audio.shape)} and {list(text.shape)}, not [n, {dim}] twice"
-        if not all(values.dtype.kind == "f" and np.isfinite(values).all() for values in (audio, text)):
-            return f"prototypes.{level} holds a value that is not finite"
+    for name, values in state.items():
+        if name.startswith("prototypes.") and not np.isfinite(values).all():
+            return f"{name.rpartition('.')[0]} holds a value that is not finite"
     return None
 
 
@@ -244,11 +262,13 @@ def _spans(data: Path) -> dict[str, Span]:
     Raises:
         OSError, SafetensorError, TypeError: no such file, or not with arrays of a bank's kinds.
     """
+    with open(data, "rb") as stream:
+        begin = 8 + int.from_bytes(stream.read(8), "little")
+    if begin > HEADER_BYTES:
+        raise TypeError(f"its header has {begin} bytes, that of a bank at most {HEADER_BYTES}")
     with safe_open(data, "numpy") as file:
         facts = {name: file.get_slice(name) for name in file.offset_keys()}
         shapes = {name: (tuple(told.get_shape()), told.get_dtype()) for name, told in facts.items()}
-    with open(data, "rb") as stream:
-        begin = 8 + int.from_bytes(stream.read(8), "little")
     spans = {}
     for name, (shape, kind) in shapes.items():
         if kind not in KINDS or begin % np.dtype(KINDS[kind]).itemsize:
@@ -264,7 +284,7 @@ def _arrays(content: np.ndarray, spans: dict[str, Span]) -> State:
     state: State = {}
     for name, span in spans.items():
         values = np.asarray(content[span.begin : span.end]).view(span.kind).reshape(span.shape)
-        state[name] = values if name in ("audio", "text") else values.copy()
+        state[name] = values if name in EMBEDDINGS else values.copy()
     return state
 
 

@@ -90,16 +90,65 @@ def test_embeddings_are_in_memory_once(large, tmp_path, monkeypatch):
     np.testing.assert_array_equal(bank.snapshot().audio, snapshot.read(copy)["audio"])
 
 
-def test_a_snapshot_that_outgrows_the_memory_is_refused_before_any_of_it_is_read(tmp_path, state):
-    """Made by someone else's program: zeros that take no disk."""
-    path = store.save(tmp_path, state)
-    size = 2 * psutil.virtual_memory().total
-    os.truncate(path.with_suffix(".safetensors"), size)
+def crafted(path: Path, rows: int, **more: tuple[str, list[int]]) -> None:
+    """Made by someone else's program: zeros that take no disk, of so many rows and of `more` arrays (kind, shape).
+
+    Their checksums are none: who reads the data before names and sizes are found wrong says so.
+    """
+    told = {name: ("I64", [rows]) for name in ("ids", "step", "frame", "version")} | {"reliability": ("F32", [rows])}
+    told |= {"audio": ("F16", [rows, 8]), "text": ("F16", [rows, 8]), "counts": ("I64", [3])}
+    told |= {"generation": ("I64", []), "newest_step": ("I64", [])} | more
+    header, begin = {}, 0
+    for name, (kind, shape) in told.items():
+        end = begin + int(np.prod(shape)) * int(kind[1:]) // 8
+        header[name], begin = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = path.with_suffix(".safetensors")
+    data.write_bytes(len(text).to_bytes(8, "little") + text)
+    size = 8 + len(text) + begin
+    os.truncate(data, size)
     blocks = ("0" * 64,) * -(-size // snapshot.BLOCK_BYTES)
-    manifest = snapshot.read_manifest(path).model_copy(update={"bytes": size, "blocks": blocks, "rows": 10**7})
+    manifest = snapshot.read_manifest(path).model_copy(update={"bytes": size, "blocks": blocks, "rows": rows})
     path.write_text(f"{manifest.model_dump_json()}\n{manifest.digest}\n")
-    with pytest.raises(InputError, match=r"10000000 rows, .* GiB, this machine has .* GiB free: use a larger machine"):
-        store.load(tmp_path)
+
+
+@pytest.mark.parametrize("look", [snapshot.read, snapshot.view, snapshot.verify])
+def test_a_snapshot_that_outgrows_the_memory_is_refused_before_any_of_it_is_read(tmp_path, state, look):
+    path, rows = store.save(tmp_path, state), psutil.virtual_memory().total // 36 * 2
+    crafted(path, rows)
+    told = rf"{rows} rows and takes .* GiB, this machine has .* GiB free: use a larger machine"
+    with pytest.raises(InputError, match=told) as caught:
+        look(path)
+    assert not isinstance(caught.value, snapshot.DamagedSnapshot)  # it is no reason to take another one
+
+
+@pytest.mark.parametrize("look", [snapshot.read, snapshot.view, snapshot.verify])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"extra": ("I32", [2**24])}, "extra is not known"),
+        ({"counts": ("I64", [2**23])}, r"counts is int64 \[8388608\]"),
+        ({"prototypes.generation": ("I64", [2**23])}, "prototypes.generation is no whole number"),
+    ],
+)
+def test_arrays_of_no_bank_are_refused_before_any_of_them_is_read(tmp_path, state, look, more, message):
+    path = store.save(tmp_path, state)
+    crafted(path, 40, **more)
+    tracemalloc.start()
+    try:
+        with pytest.raises(snapshot.DamagedSnapshot, match=message):
+            look(path)
+        assert tracemalloc.get_traced_memory()[1] < snapshot.MANIFEST_BYTES + 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_that_outgrows_a_bank_s_is_refused_before_it_is_read(tmp_path, state):
+    path = store.save(tmp_path, state)
+    crafted(path, 40, **{f"{number:08d}" * 30: ("I64", []) for number in range(4000)})
+    with pytest.raises(snapshot.DamagedSnapshot, match=r"its header has 1\d{6} bytes, that of a bank at most"):
+        snapshot.verify(path)
 
 
 def test_a_container_has_no_more_memory_than_its_limit(tmp_path, state, monkeypatch):
@@ -108,10 +157,13 @@ def test_a_container_has_no_more_memory_than_its_limit(tmp_path, state, monkeypa
     for name, content in {"max": "1000", "current": "900", "stat": "anon 850\ninactive_file 50\n"}.items():
         (tmp_path / f"memory.{name}").write_text(content)
     monkeypatch.setattr(snapshot, "CGROUP", tmp_path)
-    assert snapshot.read_manifest(path).bytes > 150
-    with pytest.raises(InputError, match=r"40 rows, .* GiB free: use a larger machine"):
-        snapshot.read(path)
-    for free in (snapshot.read_manifest(path).bytes + 850, "max"):
+    told = snapshot.read_manifest(path)
+    copied = sum(values.nbytes for name, values in state.items() if name not in ("audio", "text"))
+    for look, needed in ((snapshot.view, 2 * copied), (snapshot.verify, 2 * copied), (snapshot.read, told.bytes)):
+        (tmp_path / "memory.max").write_text(str(needed + 849))
+        with pytest.raises(InputError, match=r"40 rows .* GiB free: use a larger machine"):
+            look(path)
+    for free in (told.bytes + 2 * copied + 850, "max"):
         (tmp_path / "memory.max").write_text(str(free))
         assert len(snapshot.read(path)["ids"]) == 40
 
@@ -138,9 +190,9 @@ def test_the_damaged_block_is_named(tmp_path, state, monkeypatch, block_bytes):
     path = store.save(tmp_path, state)
     data = path.with_suffix(".safetensors")
     content = bytearray(data.read_bytes())
-    content[250] ^= 1
+    content[2000] ^= 1
     data.write_bytes(content)
-    with pytest.raises(snapshot.DamagedSnapshot, match=f"in block {250 // block_bytes}:"):
+    with pytest.raises(snapshot.DamagedSnapshot, match=f"in block {2000 // block_bytes}:"):
         snapshot.read(path)
 
 
@@ -168,6 +220,7 @@ def rewritten(path: Path, state: State, **changes: object) -> None:
         ("prototypes.0.audio", lambda rows: rows[:, :3], r"prototypes.0 has shapes \[4, 3\] and \[4, 8\]"),
         ("prototypes.0.audio", lambda rows: rows[0, 0], r"prototypes.0 has shapes \[\]"),
         ("prototypes.0.text", lambda rows: rows[:2], r"prototypes.0 has shapes \[4, 8\] and \[2, 8\]"),
+        ("prototypes.0.text", lambda rows: rows.astype(int), "prototypes.0 is float16 and int64, not of floats"),
         ("prototypes.0.text", lambda rows: rows * np.float16(np.nan), "prototypes.0 holds a value that is not finite"),
         ("prototypes.generation", lambda value: np.full(3, value), "prototypes.generation is no whole number"),
     ],
