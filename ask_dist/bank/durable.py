@@ -27,6 +27,7 @@ from ask_dist.bank import store
 from ask_dist.bank.journal import Journal, Upsert, read
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, CommitResult, State
+from ask_dist.bank.snapshot import DamagedSnapshot
 from ask_dist.errors import InputError
 
 SYNC_SECONDS = 0.1
@@ -70,6 +71,9 @@ class DurableBank(Generic[Bank]):
         folder: of this bank alone; made if missing. What it holds is taken up.
         make: makes a bank of a state; of an empty one, the bank that begins.
         least_journal_bytes: a smaller journal calls for no snapshot.
+
+    Raises:
+        InputError: as `recover`; the folder is then as it was.
     """
 
     def __init__(self, folder: Path, make: Make[Bank], least_journal_bytes: int = LEAST_JOURNAL_BYTES) -> None:
@@ -278,6 +282,9 @@ def recover(folder: Path, make: Make[Bank]) -> Recovered[Bank]:
     Args:
         folder: of a `DurableBank`, or one that is missing.
         make: as for `DurableBank`.
+
+    Raises:
+        InputError: the newest whole snapshot does not fit into the memory, or `make` takes no such bank.
     """
     found = journals(folder)
     newest = max([*found, *map(store.number_of, store.snapshots(folder))], default=-1)
@@ -285,7 +292,7 @@ def recover(folder: Path, make: Make[Bank]) -> Recovered[Bank]:
         return Recovered(make({}), None, newest, 0)
     try:
         path, state = store.newest(folder)
-    except InputError as error:
+    except DamagedSnapshot as error:  # one that is whole and can't be read now is no reason to begin anew
         log.warning("%s; the bank begins anew", error)
         return Recovered(make({}), None, newest, 0)
     bank, number, replayed = make(state), store.number_of(path), 0

@@ -132,14 +132,19 @@ def load(folder: Path | str) -> State:
     """The state of the newest snapshot that is whole. One that is damaged is named in a warning.
 
     Raises:
-        InputError: no snapshot there, or none that is whole.
+        InputError: no snapshot there, or none that is whole, or the newest does not fit into the memory.
     """
     return newest(folder)[1]
 
 
 def newest(folder: Path | str, read: Callable[[Path], State] = snapshot.read) -> tuple[Path, State]:
     """The manifest's path of the newest snapshot that is whole, as `load` finds it, and its state by `snapshot.read` or
-    `snapshot.view`."""
+    `snapshot.view`.
+
+    Raises:
+        DamagedSnapshot: none of those there is whole.
+        InputError: no snapshot there; or what `read` raises of one that is whole.
+    """
     damaged = []
     for path in snapshots(folder):
         try:
@@ -150,7 +155,9 @@ def newest(folder: Path | str, read: Callable[[Path], State] = snapshot.read) ->
         for reason in damaged:
             log.warning("%s; %s is used in its place", reason, path.name)
         return path, state
-    raise InputError("; ".join(damaged) or f"{folder} holds no readable bank: give a folder with snapshot-*.json")
+    if damaged:
+        raise DamagedSnapshot("; ".join(damaged))
+    raise InputError(f"{folder} holds no readable bank: give a folder with snapshot-*.json")
 
 
 def snapshots(folder: Path | str) -> list[Path]:

@@ -306,9 +306,15 @@ def _says_nothing(actor: Any, seconds: float) -> bool:
 
 
 def answer(call: Any, seconds: float | None = None) -> Any:
-    """What an actor answers, within so many seconds or whenever it does; an InputError there is one here."""
+    """What an actor answers, within so many seconds or whenever it does; an InputError there, or when Ray started the
+    actor, is one here."""
     try:
         return ray.get(call, timeout=seconds)
+    except ray.exceptions.RayActorError as error:
+        _, raised, line = str(error).rpartition("InputError: ")  # Ray has it as text alone
+        if error.actor_init_failed and raised:
+            raise InputError(line) from None
+        raise
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise error.cause from None

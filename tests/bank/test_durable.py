@@ -212,6 +212,24 @@ def test_no_whole_snapshot_begins_anew_and_says_so(start, tmp_path, caplog):
     assert same(recovered(tmp_path / "bank"), replay(1))
 
 
+def test_a_start_without_the_memory_for_the_bank_fails_and_leaves_the_folder_as_it_was(start, tmp_path, monkeypatch):
+    bank, folder = start(), tmp_path / "bank"
+    for number in range(20):
+        write(bank, number)
+        if number == 10:
+            assert bank.snapshot()
+    bank.close()
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, told in {"max": "1000", "current": "900", "stat": "inactive_file 50\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(told)
+    monkeypatch.setattr(snapshot, "CGROUP", tmp_path)
+    with pytest.raises(InputError, match="use a larger machine"):
+        start()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    (tmp_path / "memory.max").write_text("max")
+    assert same(start().bank, replay(20))
+
+
 def test_a_damaged_record_ends_the_replay_and_is_named(start, tmp_path, caplog):
     bank, ends = start(), []
     (path,) = (tmp_path / "bank").glob("journal-*.bin")

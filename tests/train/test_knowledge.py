@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -28,6 +29,7 @@ from ask_dist.train.knowledge import KnowledgeSource, load_actors, refiner_state
 from ask_dist.train.reencode import put_parts
 from tests.finished_run import noise_corpus, untrained_run
 from tests.mounts import fill
+from tests.snapshots import crafted
 
 pytestmark = pytest.mark.ray
 DIM, ROWS = 8, 120
@@ -250,6 +252,19 @@ def test_a_bank_that_hangs_when_it_is_put_back_is_started_again_from_the_checkpo
     assert process_of(primary) != process
     kept = link.stored_rows(np.arange(2 * ROWS))
     np.testing.assert_array_equal(np.sort(kept.ids), np.arange(ROWS))
+
+
+def test_a_durable_bank_that_can_t_start_again_ends_the_run_with_its_own_line(started, tmp_path):
+    settings = {"output_dir": str(tmp_path), "optimization": {"deterministic": False}}
+    link, actors = started(settings, durable=True)
+    (primary,) = actors.primaries.values()
+    rows = unit_rows(np.random.default_rng(7).normal(size=(ROWS, DIM))).astype(np.float32)
+    link.put(np.arange(ROWS), rows, rows, 3)
+    newest = store.save(tmp_path / "link" / cluster.BANK / "0", KnowledgeBank(DIM, 10).state(), number=9)
+    crafted(newest, psutil.virtual_memory().total // 36 * 2)
+    ray.kill(primary, no_restart=False)
+    with pytest.raises(InputError, match=r"^\S+snapshot-000000009.json holds .* rows .*: use a larger machine$"):
+        save_bank(primary, tmp_path / "checkpoint")
 
 
 def test_a_deterministic_step_asks_for_itself_and_ends_with_its_bank(started):
