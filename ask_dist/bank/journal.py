@@ -186,7 +186,7 @@ def _parsed(body: memoryview, dim: int) -> Upsert | Commit | None:
     if len(body) < BODY.size:
         return None
     kind, count, number = BODY.unpack(body[: BODY.size])
-    arrays = _arrays(body[BODY.size :], int.from_bytes(count, "little"))
+    arrays = _arrays(body[BODY.size :], int.from_bytes(count, "little"), dim)
     if arrays is None:
         return None
     if kind == UPSERT and len(arrays) in (3, 4):
@@ -203,14 +203,14 @@ def _parsed(body: memoryview, dim: int) -> Upsert | Commit | None:
     return None
 
 
-def _arrays(content: memoryview, count: int) -> list[np.ndarray] | None:
-    """Views of `count` arrays, None unless they fill the content exactly."""
+def _arrays(content: memoryview, count: int, dim: int) -> list[np.ndarray] | None:
+    """Views of `count` arrays of one dimension or with `dim` columns, None unless they fill the content exactly."""
     begin = count * ARRAY.size
     if begin > len(content):
         return None
     arrays = []
     for code, rows, columns in ARRAY.iter_unpack(content[:begin]):
-        if not 0 <= code < len(KINDS) or rows < 0 or columns < -1 or columns == 0:
+        if not 0 <= code < len(KINDS) or rows < 0 or columns not in (-1, dim):
             return None
         shape = (rows,) if columns == -1 else (rows, columns)
         end = begin + rows * abs(columns) * KINDS[code].itemsize

@@ -183,6 +183,7 @@ def test_a_record_made_by_hand_is_taken(tmp_path):
         body(1, [(0, 2**62, -1), ROWS, ROWS], UPSERT[1]),
         body(1, [IDS, (1, 2**62, 2**62), ROWS], UPSERT[1]),
         body(1, [IDS, (1, 2**40, 0), ROWS], UPSERT[1]),
+        body(1, [IDS, (1, 0, 2**62), ROWS, ROWS], UPSERT[1]),  # no values, and too wide for an array all the same
         body(1, [(0, -2, -1), ROWS, ROWS], 2 * ROWS_BYTES),
         body(1, [IDS, (1, 2, -DIM), ROWS], UPSERT[1]),
         body(1, [(7, 2, -1), ROWS, ROWS], UPSERT[1]),
