@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from ask_dist.bank import store
-from ask_dist.bank.journal import Journal, Upsert, read
+from ask_dist.bank.journal import Journal, TornJournal, Upsert, read
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, CommitResult, State
 from ask_dist.bank.snapshot import DamagedSnapshot
@@ -279,6 +279,8 @@ class DurableBank(Generic[Bank]):
 def recover(folder: Path, make: Make[Bank]) -> Recovered[Bank]:
     """What a folder holds, as far as it is whole; the first damage is named in one warning, and nothing after it taken.
 
+    Half a record at the very end is no damage. No journal goes on from it, so where one follows, the file was cut.
+
     Args:
         folder: of a `DurableBank`, or one that is missing.
         make: as for `DurableBank`.
@@ -302,7 +304,8 @@ def recover(folder: Path, make: Make[Bank]) -> Recovered[Bank]:
             for write in read(place, state["audio"].shape[1]):
                 _apply(bank, write)
         except (InputError, OSError) as error:
-            log.warning("%s; the bank is as it was before that (%s)", error, place)
+            if not isinstance(error, TornJournal) or number < newest:  # the last one ends where its writer was killed
+                log.warning("%s; the bank is as it was before that (%s)", error, place)
             return Recovered(bank, None, newest, replayed)
         replayed += place.stat().st_size
         number += 1

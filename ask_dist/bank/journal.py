@@ -42,6 +42,10 @@ class DamagedJournal(InputError):
     """A record that is not what was written, or is none."""
 
 
+class TornJournal(DamagedJournal):
+    """Half a record at the end: its writer was killed and nobody was told of that write, or the file was cut since."""
+
+
 @dataclass(frozen=True)
 class Upsert:
     """The arguments of `KnowledgeBank.upsert`."""
@@ -122,20 +126,21 @@ class Journal:
 
 
 def read(path: Path, dim: int) -> Iterator[Upsert | Commit]:
-    """The writes of a journal in order, as read-only views of the file; half a record at its end is left out.
+    """The writes of a journal in order, as read-only views of the file.
 
     Args:
         path: of the file.
         dim: the bank's width.
 
     Raises:
+        TornJournal: after the last whole record, there is half of another.
         DamagedJournal: here, a record is not what was written, or is no write to a bank of that width.
         OSError: it can't be read.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < len(MAGIC):  # made by a process that was killed just then
-            return
+            raise TornJournal(f"{path} ends after {size} bytes, before its first record")
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if content[: len(MAGIC)] != MAGIC:
         raise DamagedJournal(f"{path} is no journal of a bank: it begins otherwise")
@@ -146,7 +151,7 @@ def read(path: Path, dim: int) -> Iterator[Upsert | Commit]:
         if CHECKSUM.unpack(content[begin + HEAD.size : body])[0] != zlib.crc32(head):
             raise DamagedJournal(f"{path} is damaged at byte {begin}: the record's head does not match its checksum")
         if length > size - body:
-            return
+            break
         if zlib.crc32(content[body : body + length]) != checksum:
             raise DamagedJournal(f"{path} is damaged at byte {begin}: the record does not match its checksum")
         write = _parsed(content[body : body + length], dim)
@@ -154,6 +159,8 @@ def read(path: Path, dim: int) -> Iterator[Upsert | Commit]:
             raise DamagedJournal(f"{path} has a record at byte {begin} that is no write to a bank of width {dim}")
         yield write
         begin = body + length
+    if begin < size:
+        raise TornJournal(f"{path} is damaged at byte {begin}: the record there has no end")
 
 
 def _body(write: Upsert | Commit) -> list[memoryview]:

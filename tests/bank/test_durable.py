@@ -250,6 +250,45 @@ def test_a_damaged_record_ends_the_replay_and_is_named(start, tmp_path, caplog):
     assert same(recovered(tmp_path / "bank"), replay(9))
 
 
+def test_a_journal_that_was_cut_ends_the_replay_and_is_named(start, tmp_path, caplog):
+    ends = []
+    for first in (0, 5, 10):  # three starts, each with a journal of its own
+        bank = start()
+        journal = max((tmp_path / "bank").glob("journal-*.bin"))
+        for number in range(first, first + 5):
+            ends.append((journal, journal.stat().st_size))
+            write(bank, number)
+    cut, end = ends[8]
+    os.truncate(cut, end + 30)
+    with caplog.at_level(logging.WARNING):
+        again = start()
+    (said,) = caplog.messages
+    assert f"{cut} is damaged at byte {end}: the record there has no end" in said
+    assert same(again.bank, replay(8))
+    write(again, 8)
+    assert same(recovered(tmp_path / "bank"), replay(9))
+
+
+@pytest.mark.parametrize("left", [0, 5, 12, 30])
+def test_half_a_record_at_the_very_end_is_nothing_to_tell_of(start, tmp_path, caplog, left):
+    bank, ends = start(), []
+    (path,) = (tmp_path / "bank").glob("journal-*.bin")
+    for number in range(10):
+        ends.append(path.stat().st_size)
+        write(bank, number)
+    kept = 0 if left < 8 else 6
+    os.truncate(path, left if left < 8 else ends[6] + left)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            bank = start()
+            assert same(bank.bank, replay(kept))
+            assert bank.metrics()["bank/durable"] == 1
+            write(bank, kept)
+            kept += 1
+        assert same(recovered(tmp_path / "bank"), replay(kept))
+    assert caplog.messages == []
+
+
 def test_a_missing_journal_ends_the_replay_and_is_named(start, tmp_path, caplog):
     for first in (0, 5, 10):  # three starts, each with a journal of its own
         bank = start()

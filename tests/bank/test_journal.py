@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ask_dist.bank import journal
-from ask_dist.bank.journal import DamagedJournal, Journal, Upsert, read
+from ask_dist.bank.journal import DamagedJournal, Journal, TornJournal, Upsert, read
 from ask_dist.bank.messages import Commit
 
 DIM = 4
@@ -67,14 +67,23 @@ def test_what_was_appended_comes_back_in_order(tmp_path, writes):
         assert_equal(one, other)
 
 
-def test_half_a_record_at_the_end_is_left_out(tmp_path, writes):
+def whole_records(path: Path) -> int:
+    """The records before half a one that ends the journal."""
+    found: list[Upsert | Commit] = []
+    with pytest.raises(TornJournal):
+        found.extend(read(path, DIM))
+    return len(found)
+
+
+def test_half_a_record_at_the_end_is_told(tmp_path, writes):
     path = tmp_path / "journal"
     ends = written(path, writes)
     content = path.read_bytes()
     assert ends[-1] == len(content)
     for length in range(len(content) + 1):
         path.write_bytes(content[:length])
-        assert len(list(read(path, DIM))) == max(0, sum(end <= length for end in ends) - 1)
+        count = max(0, sum(end <= length for end in ends) - 1)
+        assert (len(list(read(path, DIM))) if length in ends else whole_records(path)) == count
 
 
 def test_every_flipped_byte_is_found(tmp_path, writes, rng):
@@ -117,7 +126,7 @@ def test_another_file_is_no_journal(tmp_path):
     with pytest.raises(DamagedJournal, match="begins otherwise"):
         list(read(path, DIM))
     path.write_bytes(b"")
-    assert list(read(path, DIM)) == []
+    assert whole_records(path) == 0
 
 
 def test_a_journal_takes_no_other_file_s_place(tmp_path):
@@ -139,7 +148,7 @@ def test_a_full_disk_is_told_and_leaves_half_a_record(small_disk, rng):
     with pytest.raises(OSError, match="No space left"):
         append_for_ever()
     kept.close()
-    assert len(list(read(path, DIM))) == len(sizes) > 20
+    assert whole_records(path) == len(sizes) > 20
     assert path.stat().st_size > 8 + sum(sizes)
     with pytest.raises(OSError, match="No space left"):
         Journal(small_disk / "another")
@@ -210,5 +219,5 @@ def test_a_huge_length_takes_no_memory(tmp_path):
     head = journal.HEAD.pack(2**63, 0)
     (tmp_path / "journal").write_bytes(journal.MAGIC + head + journal.CHECKSUM.pack(zlib.crc32(head)) + bytes(100))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert list(read(tmp_path / "journal", DIM)) == []
+    assert whole_records(tmp_path / "journal") == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
