@@ -82,7 +82,7 @@ class DurableBank(Generic[Bank]):
         self._snapshotting = threading.RLock()
         self._journal: Journal | None = None
         self._whole = False  # whether the folder has all that was written
-        self._complained = False
+        self._told: bool | None = None  # whether it was whole when a warning said what is wrong; None: nothing is
         self._not_before, self._snapshot_bytes = 0.0, 0
         found = recover(folder, make)
         self.bank, self._number, self._bytes = found.bank, found.newest, found.journal_bytes
@@ -232,9 +232,9 @@ class DurableBank(Generic[Bank]):
             self._bytes -= begun
             self._whole = self._journal is not None
         self._snapshot_bytes = _data_bytes(path)
-        if self._complained and self._whole:
+        if self._told is not None and self._whole:
             log.warning("%s has the whole bank again", self._folder)
-            self._complained = False
+            self._told = None
         oldest = store.number_of(store.snapshots(self._folder)[-1])
         for number in journals(self._folder):
             if number < oldest:
@@ -254,10 +254,10 @@ class DurableBank(Generic[Bank]):
         self._complain("no snapshot of the bank can be written", error)
 
     def _complain(self, what: str, error: Exception) -> None:
-        if not self._complained:
+        if self._told is None or (self._told and not self._whole):  # once, and again when it gets worse
+            self._told = self._whole
             kept = "its journal goes on" if self._whole else "what is written from now on is in memory alone"
             log.warning("%s in %s (%s); %s, and it is tried again", what, self._folder, error, kept)
-        self._complained = True
 
     def _keep(self) -> None:
         while not self._closed.wait(SYNC_SECONDS):

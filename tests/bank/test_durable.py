@@ -370,6 +370,29 @@ def test_a_disk_too_full_for_a_snapshot_leaves_the_one_before_and_the_journal(st
     assert same(recovered(folder), bank.bank)
 
 
+def test_a_journal_that_fails_after_a_snapshot_is_told_of_too(start, small_disk, rng, caplog):
+    bank, folder = start(small_disk / "bank"), small_disk / "bank"
+    rows = rng.normal(size=(1500, DIM)).astype(np.float16)
+    bank.upsert(np.arange(1500), rows, rows, None, 1)  # a snapshot of 100 kB
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
+    with caplog.at_level(logging.WARNING):
+        assert not bank.snapshot()
+        (said,) = caplog.messages
+        assert "its journal goes on" in said
+        step = 2
+        while bank.metrics()["bank/durable"]:
+            bank.upsert(np.arange(50), rows[:50], rows[:50], None, step)
+            step += 1
+        assert not bank.snapshot()
+        _, said = caplog.messages
+        assert "the bank's journal can't be written" in said
+        assert "what is written from now on is in memory alone" in said
+        (small_disk / "ballast").unlink()
+        assert bank.snapshot()
+    assert caplog.messages[2:] == [f"{folder} has the whole bank again"]
+    assert same(recovered(folder), bank.bank)
+
+
 def test_a_full_disk_costs_durability_until_there_is_room_again(start, small_disk, caplog, monkeypatch):
     monkeypatch.setattr(durable, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(durable, "SYNC_SECONDS", 0.01)
