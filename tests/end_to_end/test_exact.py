@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -19,13 +18,13 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from ask_dist.data.shards import stable_id
+from tests.end_to_end.audit import EPOCH, audited, check_audit
 from tests.end_to_end.command import environment
 from tests.end_to_end.conftest import configuration
 
 pytestmark = pytest.mark.ray
 
-CLIPS, EPOCHS, EPOCH = 160, 12, 5  # clips an epoch, epochs, steps an epoch
+EPOCHS = 12
 KILL_AT = 38  # in an epoch, three steps after a checkpoint and two after a commit; knowledge is in use
 LOGGED = ("train/loss", "train/gradient_norm", "train/knowledge_used", "loss/consistency", "loss/coarse")
 ROWS = ("ids", "audio", "text", "step", "frame", "version", "reliability", "prototypes.0.audio", "prototypes.0.text")
@@ -48,14 +47,6 @@ def finish(process: subprocess.Popen[str], folder: Path) -> Path:
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     return folder / "runs" / "tones"
-
-
-def audited(run: Path) -> list[tuple[int, list[int]]]:
-    """Step and ids of every step that was taken, in time's order."""
-    with suppress(FileNotFoundError):
-        lines = (run / "audit.jsonl").read_text().splitlines(keepends=True)
-        return [(row["step"], row["ids"]) for row in map(json.loads, (line for line in lines if line.endswith("\n")))]
-    return []
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
@@ -83,17 +74,6 @@ def decodes(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return "forkserver" in " ".join(process.cmdline()) and not process.children()
     return False
-
-
-def check_audit(run: Path, repeated: bool) -> None:
-    """Every clip once an epoch, by what the workers said they trained on at the steps that count."""
-    taken = audited(run)
-    counting = dict(taken)  # the last line of a step
-    assert sorted(counting) == list(range(EPOCH * EPOCHS))
-    everything = sorted(stable_id(f"train-{number:04d}") for number in range(CLIPS))
-    for steps in (range(first, first + EPOCH) for first in range(0, EPOCH * EPOCHS, EPOCH)):
-        assert sorted(itertools.chain(*(counting[step] for step in steps))) == everything
-    assert (len(taken) > len(counting)) == repeated
 
 
 def check_equal(run: Path, other: Path) -> None:
@@ -130,8 +110,8 @@ def test_a_killed_worker_changes_nothing(tones: Path, whole: Path, tmp_path: Pat
     wait_for_step(process, tmp_path, KILL_AT)
     kill(process, is_worker, 1)
     run = finish(process, tmp_path)
-    check_audit(whole, repeated=False)
-    check_audit(run, repeated=True)
+    check_audit(whole, EPOCHS, repeated=False)
+    check_audit(run, EPOCHS, repeated=True)
     check_equal(run, whole)
     used = [row[LOGGED.index("train/knowledge_used")] for row in losses(whole)]
     assert used == [0] * EPOCH * 3 + [1] * EPOCH * 9  # after a quarter of the run
@@ -140,7 +120,7 @@ def test_a_killed_worker_changes_nothing(tones: Path, whole: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_two_runs_are_equal(tones: Path, whole: Path, tmp_path: Path) -> None:
     run = finish(start(tones, tmp_path, "bank.max_in_flight=1"), tmp_path)
-    check_audit(run, repeated=False)
+    check_audit(run, EPOCHS, repeated=False)
     check_equal(run, whole)
 
 
@@ -150,7 +130,7 @@ def test_all_workers_killed_change_nothing(tones: Path, whole: Path, tmp_path: P
     wait_for_step(process, tmp_path, KILL_AT)
     kill(process, is_worker, 2)
     run = finish(process, tmp_path)
-    check_audit(run, repeated=True)
+    check_audit(run, EPOCHS, repeated=True)
     check_equal(run, whole)
 
 
@@ -160,7 +140,7 @@ def test_a_killed_decoding_process_changes_nothing(tones: Path, whole: Path, tmp
     wait_for_step(process, tmp_path, KILL_AT)
     kill(process, decodes, 1)
     run = finish(process, tmp_path)
-    check_audit(run, repeated=False)  # the worker went on
+    check_audit(run, EPOCHS, repeated=False)  # the worker went on
     check_equal(run, whole)
 
 
@@ -173,5 +153,5 @@ def test_a_killed_driver_changes_nothing_nor_do_other_decoding_processes_from_th
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     run = finish(start(tones, tmp_path, "--resume", "data.loader_processes=1"), tmp_path)
-    check_audit(run, repeated=True)
+    check_audit(run, EPOCHS, repeated=True)
     check_equal(run, whole)
