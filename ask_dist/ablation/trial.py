@@ -146,6 +146,9 @@ class _Run:
             self.loss(step, ids, self.model(*inputs)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.gradient_clip)
         self.optimizer.step()
+        with torch.no_grad():
+            for parameter, most in self.model.largest().items():
+                parameter.clamp_(max=most)
 
     def loss(self, step: int, ids: Tensor, features: Features) -> Tensor:
         """The arm's loss, and what it remembers of the step."""

@@ -48,7 +48,8 @@ class DualEncoder(nn.Module):
         self.audio_projection = _projection(audio.output_dim, config)
         self.text_projection = _projection(text.output_dim, config)
         # One element, not a scalar: DeepSpeed broadcasts parameters as views of bytes.
-        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(_first_scale(audio, text, config))]))
+        first = min(_first_scale(audio, text, config), config.logit_scale_max)
+        self.log_logit_scale = nn.Parameter(torch.tensor([math.log(first)]))
         self.logit_scale_max = config.logit_scale_max
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
@@ -56,8 +57,14 @@ class DualEncoder(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """float32 scalar, exponentiated and capped."""
-        return self.log_logit_scale[0].exp().clamp(max=self.logit_scale_max)
+        """float32 scalar, exponentiated and capped; above the cap with the gradient of one that is not, or it would
+        never come back."""
+        scale = self.log_logit_scale[0].exp()
+        return scale.clamp(max=self.logit_scale_max).detach() + (scale - scale.detach())
+
+    def largest(self) -> dict[nn.Parameter, float]:
+        """What parameters must not exceed: to be clamped to it after each update."""
+        return {self.log_logit_scale: math.log(self.logit_scale_max)}
 
     def encode_audio(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         """float32 [batch, samples] -> unit rows float32 [batch, embedding_dim]; `lengths` as in `by_length`."""

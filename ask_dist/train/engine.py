@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ask_dist.config import Optimization
 from ask_dist.models.lora import adapted, merged
-from ask_dist.train.parameters import encoders, parameter_groups
+from ask_dist.train.parameters import encoders, largest, parameter_groups
 from ask_dist.train.precision import compute_in
 from ask_dist.train.recompute import recompute_blocks
 
@@ -90,6 +90,7 @@ class Engine:
             config=_deepspeed_config(optimization, trained),
             dist_init_required=False,
         )
+        self._largest = largest(self.module)
         self._create_moments()
         self._scaler = _loss_scaler() if optimization.precision == "fp16" else None
 
@@ -264,8 +265,11 @@ class Engine:
 
     @torch.no_grad()
     def _follow_update(self) -> None:
-        """Adam's count stays at 0 for a frozen tower, so that its bias correction begins when the tower learns; the
-        moments do by themselves, since it has no gradient. Then the average follows the weights."""
+        """Parameters go no further than they may. Adam's count stays at 0 for a frozen tower, so that its bias
+        correction begins when the tower learns; the moments do by themselves, since it has no gradient. Then the
+        average follows the weights."""
+        for parameter, most in self._largest.items():
+            self._clamp(parameter, most)
         state, masters = self._optimizer().state, self._masters()
         for group, master in masters:
             if self._is_held(group):
@@ -274,6 +278,17 @@ class Engine:
             weights = [master for _, master in masters]
             averages = [state[master][AVERAGE] for master in weights]
             torch._foreach_lerp_(averages, weights, 1.0 - self.optimization.ema_decay)
+
+    def _clamp(self, parameter: nn.Parameter, most: float) -> None:
+        """Clamps what the forward pass reads, and the optimizer's fp32 copy; of both this rank its own part."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        parameter.data.clamp_(max=most)  # empty in ZeRO 3, unless it is put together at the moment
+        if hasattr(parameter, "ds_id"):
+            parameter.ds_tensor.data.clamp_(max=most)  # type: ignore[attr-defined]
+            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(max=most))
+        elif getattr(parameter, "_hp_mapping", None) is not None:  # ZeRO 1 and 2, where this rank has a part
+            parameter._hp_mapping.get_hp_fragment().data.clamp_(max=most)  # type: ignore[attr-defined]
 
     def _full(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
         """The optimizer's fp32 copy of a parameter (of a frozen one the weights), or one of its moments."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ask_dist.models.dual_encoder import DualEncoder
 from ask_dist.models.encoder import Encoder
 
 
@@ -47,6 +48,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 def encoders(model: nn.Module) -> dict[str, Encoder]:
     """The encoders inside a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Encoder)}
+
+
+def largest(model: nn.Module) -> dict[nn.Parameter, float]:
+    """What parameters of a model must not exceed after an update."""
+    return {
+        parameter: most
+        for module in model.modules()
+        if isinstance(module, DualEncoder)
+        for parameter, most in module.largest().items()
+    }
 
 
 def _layer_scales(encoder: Encoder, layer_decay: float) -> dict[nn.Parameter, float]:

@@ -56,17 +56,11 @@ def check_start(config: Config, shards: dict[str, ShardList]) -> None:
     """Refuses settings, weights, banks and a corpus that the run can't start from.
 
     Raises:
-        InputError: an encoder would leave one of its settings unread; `refine.corpus` is not there; `model.from` is no
-            other finished run, or one of another architecture; `bank.from` is no bank, or not one of these weights,
-            does not fit, or holds what this run is tested on.
+        InputError: an encoder would leave one of its settings unread; logit_scale would begin above its cap;
+            `refine.corpus` is not there; `model.from` is no other finished run, or one of another architecture;
+            `bank.from` is no bank, or not one of these weights, does not fit, or holds what this run is tested on.
     """
-    for key, value in _unread(config).items():
-        side = key.split(".")[1]
-        name = getattr(config.model, side).name
-        raise InputError(
-            f"{key}={value} is not read by the encoder {name}; leave it out, or set model.{side}.name to one that "
-            "reads it (docs/encoders.md)"
-        )
+    _refuse_settings(config)
     if config.refine.corpus is not None:
         load_corpus(config.refine.corpus, config)
     if config.model.source is None:
@@ -193,6 +187,23 @@ def _shape(config: Config) -> dict[str, object]:
         inner = value if isinstance(value, dict) else {"": value}
         flat |= {f"model.{name}.{key}".rstrip("."): setting for key, setting in inner.items()}
     return flat
+
+
+def _refuse_settings(config: Config) -> None:
+    """Raises InputError for settings that finished runs may have, and that no further run should begin with."""
+    for key, value in _unread(config).items():
+        side = key.split(".")[1]
+        name = getattr(config.model, side).name
+        raise InputError(
+            f"{key}={value} is not read by the encoder {name}; leave it out, or set model.{side}.name to one that "
+            "reads it (docs/encoders.md)"
+        )
+    first, most = config.model.logit_scale_init, config.model.logit_scale_max
+    if first is not None and first > most:
+        raise InputError(
+            f"model.logit_scale_init={first:g} is above model.logit_scale_max={most:g}; lower the one or raise the "
+            "other"
+        )
 
 
 def _unread(config: Config) -> dict[str, object]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from ask_dist.config import SIGMOID
 from ask_dist.models.dual_encoder import build_dual_encoder
@@ -43,6 +48,25 @@ def test_the_scale_is_capped(model):
     with torch.no_grad():
         model.log_logit_scale.fill_(10.0)
     assert model(AUDIO, model.text.tokenize(CAPTIONS)).logit_scale.item() == 100.0
+
+
+@hypothesis_settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(log_scale=st.floats(-3.0, 20.0, width=32), largest=st.floats(0.1, 200.0))
+def test_a_capped_scale_has_a_gradient_that_leads_back(model, log_scale, largest):
+    model.zero_grad()
+    model.logit_scale_max = largest
+    with torch.no_grad():
+        model.log_logit_scale.fill_(log_scale)
+    scale = model.logit_scale
+    scale.backward()
+    assert scale.item() == pytest.approx(min(math.exp(log_scale), largest), rel=1e-5)
+    assert model.log_logit_scale.grad.item() == pytest.approx(math.exp(log_scale), rel=1e-5)
+
+
+def test_a_scale_above_the_cap_begins_at_the_cap(settings, vocabulary):
+    update = {"logit_scale_init": 120.0, "logit_scale_max": 50.0}
+    model = build_dual_encoder(settings.model_copy(update=update), 8000, vocabulary)
+    assert model.log_logit_scale.item() == pytest.approx(math.log(50.0))
 
 
 def test_features_are_fp32_under_bf16(model):

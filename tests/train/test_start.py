@@ -181,6 +181,13 @@ def test_settings_that_an_encoder_does_not_read_are_refused_and_finished_runs_wi
     check(run, None, f"model.from={old}")
 
 
+def test_a_scale_above_its_cap_is_refused(run):
+    line = r"^model\.logit_scale_init=120 is above model\.logit_scale_max=100; lower the one or raise the other$"
+    with pytest.raises(InputError, match=line):
+        check(run, None, "model.from=null", "model.logit_scale_init=120")
+    check(run, None, "model.from=null", "model.logit_scale_init=100")
+
+
 def test_an_encoder_of_another_package_may_read_all_settings(run):
     check(run, None, "model.from=null", "model.audio={name: bands, source: x, options: {bands: 3}}")
 
