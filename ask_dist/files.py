@@ -1,4 +1,5 @@
-"""Files that a reader sees either as they were or as they are now, never in between; and disks that refuse them."""
+"""Files that a reader sees either as they were or as they are now, never in between; disks that refuse them; and what
+is no file."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 def aside_of(path: Path) -> Path:
     """A hidden name beside `path` that no other thread, process or machine writes to: a process id is not enough."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
+def regular_size(path: Path) -> int:
+    """The bytes of a regular file. To open anything else, a pipe say, may wait for ever: ask before.
+
+    Raises:
+        OSError: it is missing, or no regular file.
+    """
+    told = path.stat()
+    if not stat.S_ISREG(told.st_mode):
+        raise OSError("it is no regular file")
+    return told.st_size
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ask_dist.files import write_atomically
+from ask_dist.files import regular_size, write_atomically
 
 
 def test_content_is_written_and_nothing_else_stays(tmp_path):
@@ -28,6 +29,18 @@ def test_a_failed_write_leaves_the_older_file_untouched(tmp_path):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "a.json", b"one")
+
+
+def test_a_regular_file_is_told_from_what_is_none(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(300))
+    (tmp_path / "link").symlink_to("a")
+    os.mkfifo(tmp_path / "pipe")
+    assert regular_size(tmp_path / "a") == regular_size(tmp_path / "link") == 300
+    for odd in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(OSError, match="it is no regular file"):
+            regular_size(odd)
+    with pytest.raises(FileNotFoundError):
+        regular_size(tmp_path / "missing")
 
 
 def test_writers_in_one_process_do_not_meet(tmp_path):

@@ -29,7 +29,7 @@ import numpy as np
 
 from ask_dist.bank.messages import Commit
 from ask_dist.errors import InputError
-from ask_dist.files import sync_folder
+from ask_dist.files import regular_size, sync_folder
 
 MAGIC = b"askbank1"
 HEAD, CHECKSUM = struct.Struct("<QI"), struct.Struct("<I")
@@ -137,10 +137,10 @@ def read(path: Path, dim: int) -> Iterator[Upsert | Commit]:
         DamagedJournal: here, a record is not what was written, or is no write to a bank of that width.
         OSError: it can't be read.
     """
+    size = regular_size(path)
+    if size < len(MAGIC):  # made by a process that was killed just then
+        raise TornJournal(f"{path} ends after {size} bytes, before its first record")
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < len(MAGIC):  # made by a process that was killed just then
-            raise TornJournal(f"{path} ends after {size} bytes, before its first record")
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     if content[: len(MAGIC)] != MAGIC:
         raise DamagedJournal(f"{path} is no journal of a bank: it begins otherwise")

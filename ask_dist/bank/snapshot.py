@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from ask_dist.bank.memory import COUNTERS, PER_ROW
 from ask_dist.bank.messages import State
 from ask_dist.errors import InputError
+from ask_dist.files import regular_size
 
 BLOCK_BYTES = 16 * 2**20
 PART_BYTES = 2**20  # are read, hashed and looked through at a time, while they are in a core's cache
@@ -130,6 +131,7 @@ def read_manifest(path: Path) -> Manifest:
         DamagedSnapshot: it is missing or is not what was written.
     """
     try:
+        regular_size(path)
         with open(path, "rb") as file:
             content = file.read(MANIFEST_BYTES)
         manifest = Manifest.model_validate_json(content.partition(b"\n")[0])
@@ -155,7 +157,7 @@ def _sized(path: Path) -> Manifest:
     """The manifest of a snapshot whose data is as large as that says."""
     manifest, data = read_manifest(path), path.with_suffix(".safetensors")
     try:
-        size = data.stat().st_size
+        size = regular_size(data)
     except OSError as error:
         raise DamagedSnapshot(f"{data} can't be read ({error}): {_remedy(path)}") from None
     if size != manifest.bytes:

@@ -289,6 +289,21 @@ def test_half_a_record_at_the_very_end_is_nothing_to_tell_of(start, tmp_path, ca
     assert caplog.messages == []
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_journal_s_place_ends_the_replay_and_is_named(start, tmp_path, caplog):
+    for first in (0, 5):
+        bank = start()
+        for number in range(first, first + 5):
+            write(bank, number)
+    pipe = max((tmp_path / "bank").glob("journal-*.bin"))
+    pipe.unlink()
+    os.mkfifo(pipe)  # nobody writes to it: who opens it waits
+    with caplog.at_level(logging.WARNING):
+        assert same(start().bank, replay(5))
+    (said,) = caplog.messages
+    assert f"it is no regular file; the bank is as it was before that ({pipe})" in said
+
+
 def test_a_missing_journal_ends_the_replay_and_is_named(start, tmp_path, caplog):
     for first in (0, 5, 10):  # three starts, each with a journal of its own
         bank = start()

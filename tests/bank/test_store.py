@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,34 @@ def test_a_damaged_snapshot_takes_no_good_one_s_place(tmp_path, state):
     assert len(files_of(tmp_path)) == 4
     third.with_suffix(".safetensors").write_bytes(b"cut")
     np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_gives_way_to_the_snapshot_before(tmp_path, state, caplog, suffix, make):
+    """A pipe that nobody writes to: who opens it waits."""
+    store.save(tmp_path, state)
+    odd = store.save(tmp_path, state).with_suffix(suffix)
+    odd.unlink()
+    make(odd)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(store.load(tmp_path)["ids"], state["ids"])
+    (said,) = caplog.messages
+    assert f"{odd} " in said
+    assert "it is no regular file" in said
+    assert "\n" not in said
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_of_no_bytes_as_its_manifest_says_is_no_data(tmp_path, state):
+    path = store.save(tmp_path, state)
+    told = snapshot.read_manifest(path).model_copy(update={"bytes": 0, "blocks": ()})
+    path.write_text(f"{told.model_dump_json()}\n{told.digest}\n")
+    path.with_suffix(".safetensors").unlink()
+    os.mkfifo(path.with_suffix(".safetensors"))
+    with pytest.raises(snapshot.DamagedSnapshot, match="it is no regular file"):
+        store.load(tmp_path)
 
 
 @pytest.mark.parametrize("manifest", [None, "", "{}", "[]", "not json", "{" * 100_000])
