@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from ask_dist.bank.durable import DurableBank
 from ask_dist.bank.messages import Commit, CommitResult, Knowledge, Modality, Snapshot, State
 from ask_dist.bank.prototypes import Prototypes
 from ask_dist.bank.shard import Changes, Chosen, Found, KnowledgeShard, Mark, OwnRows, shard_state
+from ask_dist.errors import InputError
 from ask_dist.files import writing
 
 log = logging.getLogger(__name__)
 
 FOLLOW_SECONDS = 0.5  # between two looks of a replica at its primary
+LET_GO_SECONDS = 60.0  # that calls in progress have to end, before a loaded bank is read into the memory of the old one
 LANES = 4  # calls in progress at once: the bank's lock orders them, answers are serialised outside it
 
 
@@ -52,6 +55,7 @@ class BankActor:
     ) -> None:
         self._neighbours, self._settings, self._begins_with = neighbours, settings, begins_with
         self._committed = time.monotonic()
+        self._replacing = threading.Lock()  # one bank is saved or loaded at a time
         self._durable = None if durable_path is None else DurableBank(Path(durable_path), self._made)
         self._bank = self._made({}) if self._durable is None else self._durable.bank
         if settings.get("index", "flat") != "flat":
@@ -109,7 +113,7 @@ class BankActor:
             DiskError: the folder can't be written.
         """
         place, durable = Path(folder), self._durable
-        with writing(place):
+        with self._replacing, writing(place):
             path = durable.save(place) if durable else store.save(place, self._bank.state(), keep=1)
             return snapshot.read_manifest(path).digest
 
@@ -122,20 +126,46 @@ class BankActor:
             shard, shards: which part of it this one is to be; where it was saved in another number it is split anew.
 
         Raises:
-            InputError: no snapshot in one of them that is whole and fits; the bank is then as before.
+            InputError: no snapshot in one of them that is whole and fits; the bank is then as before. Or it is found
+                too large for the memory once the old bank is gone; the bank is then empty.
         """
-        path: Path | None = None
-        if len(folders) == shards:
-            path, state = store.newest(folders[shard])
-        else:
-            state = shard_state((store.newest(each, snapshot.view)[1] for each in folders), shard, shards)
-        if self._durable:
-            self._durable.load(state, path)
-        self._bank = self._durable.bank if self._durable else self._made(state)
+        with self._replacing:
+            if len(folders) == shards:
+                self._load_one(folders[shard])
+            else:
+                state = shard_state((store.newest(each, snapshot.view)[1] for each in folders), shard, shards)
+                self._load(lambda: state)
 
     def ping(self) -> int:
         """The number of rows: an answer means that the bank is up."""
         return len(self._bank)
+
+    def _load_one(self, folder: str) -> None:
+        """Replace the bank by a snapshot of its own size, with no more than one of them in memory: of an empty bank
+        callers are told meanwhile."""
+        path, told = store.newest(folder, snapshot.verify)
+        dim, capacity = self._settings["dim"], self._settings["capacity"]
+        if told.dim != dim or told.rows > capacity:
+            raise InputError(
+                f"{path} holds {told.rows} rows of width {told.dim}, the bank takes {capacity} of width {dim}: give "
+                "model.embedding_dim and bank.capacity as they were, or a larger capacity"
+            )
+        old, self._bank = weakref.ref(self._bank), KnowledgeShard(**self._settings)
+
+        def read() -> State:
+            deadline = time.monotonic() + LET_GO_SECONDS
+            while old() is not None and time.monotonic() < deadline:  # calls in progress have it
+                time.sleep(0.01)
+            return snapshot.read(path)
+
+        self._load(read, path, self._bank)
+
+    def _load(
+        self, read: Callable[[], State], path: Path | None = None, meanwhile: KnowledgeShard | None = None
+    ) -> None:
+        if self._durable:
+            self._durable.load(read, path, meanwhile)
+        self._bank = self._durable.bank if self._durable else self._made(read())
 
     def _made(self, state: State) -> KnowledgeShard:
         """A bank of a state; of an empty one, the bank that begins."""

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from safetensors import SafetensorError
 
-from ask_dist.bank import store
+from ask_dist.bank import snapshot, store
 from ask_dist.bank.journal import Journal, TornJournal, Upsert, read
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, CommitResult, State
@@ -149,25 +149,23 @@ class DurableBank(Generic[Bank]):
                 self._share(path, *begins)
             return path
 
-    def load(self, state: State, path: Path | None = None) -> None:
-        """Replace the bank by one of another state, of an empty one by the bank that begins; writes wait.
+    def load(self, read: Callable[[], State], path: Path | None = None, meanwhile: Bank | None = None) -> None:
+        """Replace the bank by one of another state, of an empty one by the bank that begins.
 
         Args:
-            state: of `KnowledgeBank.state()`.
+            read: gives a state of `KnowledgeBank.state()`.
             path: of the manifest of a snapshot with that state, to be shared where the disk allows that.
+            meanwhile: takes the bank's place while the state is read, so that two need not be in memory at once. A
+                process that dies then comes back with the old one, which the folder has until the new one is there.
 
         Raises:
-            InputError: the state does not fit; the bank is then as before.
+            InputError: of `read`, or the state does not fit; the bank is then as before, or `meanwhile`.
         """
-        with self._snapshotting, self._writing:
-            self.bank = self._make(state)
-            self._whole = False
-            try:
-                number, begun = self._rotate()
-                if path is None or not self._share(path, number, begun):
-                    self._take(store.save(self._folder, state or self.bank.state(), number=number), begun)
-            except (OSError, SafetensorError) as error:
-                self._no_snapshot(error)
+        with self._snapshotting:
+            if meanwhile is not None:
+                with self._writing:
+                    self.bank, self._whole = meanwhile, False
+            self._replace(read(), path)
 
     def metrics(self) -> dict[str, float]:
         """`bank/durable`: 1 while the folder has all that was written; `bank/journal_bytes` since the last snapshot."""
@@ -180,6 +178,17 @@ class DurableBank(Generic[Bank]):
             if self._journal is not None:
                 self._journal.sync()
                 self._journal.close()
+
+    def _replace(self, state: State, path: Path | None) -> None:
+        with self._writing:
+            self.bank = self._make(state)
+            self._whole = False
+            try:
+                number, begun = self._rotate()
+                if path is None or not self._share(path, number, begun):
+                    self._take(store.save(self._folder, state or self.bank.state(), number=number), begun)
+            except (OSError, SafetensorError) as error:
+                self._no_snapshot(error)
 
     def _record(self, write: Upsert | Commit) -> None:
         if self._journal is None:
@@ -293,7 +302,7 @@ def recover(folder: Path, make: Make[Bank]) -> Recovered[Bank]:
     if not store.snapshots(folder):
         return Recovered(make({}), None, newest, 0)
     try:
-        path, state = store.newest(folder)
+        path, state = store.newest(folder, snapshot.read)
     except DamagedSnapshot as error:  # one that is whole and can't be read now is no reason to begin anew
         log.warning("%s; the bank begins anew", error)
         return Recovered(make({}), None, newest, 0)

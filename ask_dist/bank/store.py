@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -28,6 +29,8 @@ KEEP = 2
 NAME = re.compile(r"snapshot-(\d{9})\.json")
 
 log = logging.getLogger(__name__)
+
+Seen = TypeVar("Seen")
 
 
 def save(
@@ -134,27 +137,27 @@ def load(folder: Path | str) -> State:
     Raises:
         InputError: no snapshot there, or none that is whole, or the newest does not fit into the memory.
     """
-    return newest(folder)[1]
+    return newest(folder, snapshot.read)[1]
 
 
-def newest(folder: Path | str, read: Callable[[Path], State] = snapshot.read) -> tuple[Path, State]:
-    """The manifest's path of the newest snapshot that is whole, as `load` finds it, and its state by `snapshot.read` or
-    `snapshot.view`.
+def newest(folder: Path | str, look: Callable[[Path], Seen]) -> tuple[Path, Seen]:
+    """The manifest's path of the newest snapshot that is whole, as `load` finds it, and what `snapshot.read`, `view` or
+    `verify` gives of it.
 
     Raises:
         DamagedSnapshot: none of those there is whole.
-        InputError: no snapshot there; or what `read` raises of one that is whole.
+        InputError: no snapshot there; or what `look` raises of one that is whole.
     """
     damaged = []
     for path in snapshots(folder):
         try:
-            state = read(path)
+            seen = look(path)
         except DamagedSnapshot as error:
             damaged.append(str(error))
             continue
         for reason in damaged:
             log.warning("%s; %s is used in its place", reason, path.name)
-        return path, state
+        return path, seen
     if damaged:
         raise DamagedSnapshot("; ".join(damaged))
     raise InputError(f"{folder} holds no readable bank: give a folder with snapshot-*.json")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import ray
 
+from ask_dist.bank import rows as bank_rows
 from ask_dist.bank import snapshot, store
-from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.actor import BankActor, RemoteBankActor
 from ask_dist.bank.client import BankClient
+from ask_dist.bank.durable import recover
 from ask_dist.bank.memory import KnowledgeBank
 from ask_dist.bank.messages import Commit, Knowledge
 from ask_dist.bank.prototypes import unit_rows
@@ -127,6 +132,96 @@ def test_a_saved_bank_comes_back(start_actor, rows, tmp_path):
     assert len(store.snapshots(tmp_path)) == 1
     with pytest.raises(InputError):
         ray.get(start_actor(dim=8).load.remote([folder]))
+
+
+@pytest.fixture(params=[False, True], ids=["in memory", "durable"])
+def make_actor(request, tmp_path):
+    """Actors in this process, without Ray."""
+    made = []
+
+    def make(**settings) -> BankActor:
+        kept = str(tmp_path / f"kept-{len(made)}") if request.param else None
+        made.append(BankActor(neighbours=4, durable_path=kept, **{**SETTINGS, **settings}))
+        return made[-1]
+
+    yield make
+    for actor in made:
+        if actor._durable:
+            actor._durable.close()
+
+
+def test_a_loaded_bank_is_read_into_the_memory_of_the_old_one(make_actor, rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "MANIFEST_BYTES", 2**16)  # a buffer of that size is made at once
+    monkeypatch.setattr(snapshot, "PART_BYTES", 2**16)
+    monkeypatch.setattr(bank_rows, "CHUNK_ROWS", 1000)
+    count, dim = 10_000, 500
+    halves = rng.normal(size=(2, count, dim)).astype(np.float16)
+    tracemalloc.start()
+    try:
+        actor = make_actor(dim=dim, capacity=count)
+        actor.upsert(np.arange(count), *halves, None, 3)
+        actor.save(str(tmp_path / "saved"))
+        size = store.snapshots(tmp_path / "saved")[0].with_suffix(".safetensors").stat().st_size
+        assert size > 20e6
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] > size
+        tracemalloc.reset_peak()
+        actor.load([str(tmp_path / "saved")])
+        assert tracemalloc.get_traced_memory()[1] < 1.4 * size
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(actor.snapshot().audio, halves[0])
+
+
+def test_callers_are_told_of_an_empty_bank_while_another_is_loaded(make_actor, rows, tmp_path):
+    actor = make_actor()
+    actor.upsert(*rows, None, 3)
+    actor.save(str(tmp_path / "saved"))
+    actor.upsert(*(part[:9] for part in rows), None, 7)
+    in_progress = actor._bank.search_ids  # a call that has not ended has the old bank
+    with ThreadPoolExecutor(1) as lane:
+        loading = lane.submit(actor.load, [str(tmp_path / "saved")])
+        deadline = time.monotonic() + 30
+        while actor.ping():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert actor.metrics()["bank/rows"] == 0
+        answer = actor.search_ids(rows[0][:5])
+        assert (answer.rows, len(answer.ids), answer.own_age.tolist()) == (0, 0, [-1] * 5)
+        assert actor.prototypes() is None
+        assert not loading.done()
+        del in_progress
+        loading.result()
+    assert actor.ping() == ROWS
+    assert actor.metrics()["bank/rows"] == ROWS
+    np.testing.assert_array_equal(actor.snapshot().step, 3)
+    if actor._durable:
+        assert actor.metrics()["bank/durable"] == 1
+        kept = recover(tmp_path / "kept-0", actor._made).bank
+        np.testing.assert_array_equal(kept.snapshot().step, 3)
+
+
+def test_a_snapshot_that_is_damaged_or_does_not_fit_leaves_the_bank_as_it_was(make_actor, rows, rng, tmp_path):
+    actor, other = make_actor(), KnowledgeBank(**{**SETTINGS, "capacity": ROWS + 1})
+    actor.upsert(*rows, None, 3)
+    before = actor.snapshot()
+    damaged = store.save(tmp_path / "damaged", other.state()).with_suffix(".safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    store.save(tmp_path / "narrow", KnowledgeBank(dim=8, capacity=9).state())
+    other.upsert(np.arange(ROWS + 1), *rng.normal(size=(2, ROWS + 1, DIM)), None, 0)
+    store.save(tmp_path / "long", other.state())
+    lines = {
+        "damaged": "does not match its checksum",
+        "narrow": "0 rows of width 8, the bank takes 300 of width 16",
+        "long": "301 rows of width 16, the bank takes 300 of width 16",
+    }
+    for name, line in lines.items():
+        with pytest.raises(InputError, match=line):
+            actor.load([str(tmp_path / name)])
+        for part, value in vars(before).items():
+            np.testing.assert_array_equal(getattr(actor.snapshot(), part), value)
+    if actor._durable:
+        assert len(recover(tmp_path / "kept-0", actor._made).bank) == ROWS
 
 
 def test_a_folder_that_can_t_be_written_is_told_in_a_line(start_actor, tmp_path):

@@ -344,14 +344,14 @@ def test_a_bank_that_is_replaced_comes_back_as_the_new_one(start, tmp_path, else
         bank.save(place)
         for number in range(20, 30):
             write(bank, number)
-        path, state = store.newest(place)
-        bank.load(state, path)
+        path, state = store.newest(place, snapshot.read)
+        bank.load(lambda: state, path)
         assert same(recovered(tmp_path / "bank"), replay(20))
         write(bank, 20)
         assert same(recovered(tmp_path / "bank"), replay(21))
         store.snapshots(tmp_path / "bank")[0].unlink()  # the one before is another bank's: no journal goes on from it
         assert same(recovered(tmp_path / "bank"), replay(30))
-        bank.load({})
+        bank.load(dict)
         assert len(recovered(tmp_path / "bank")) == 0
 
 
@@ -359,7 +359,7 @@ def test_a_state_that_does_not_fit_replaces_nothing(start, tmp_path):
     bank = start()
     write(bank, 0)
     with pytest.raises(InputError, match="rows of shape"):
-        bank.load(KnowledgeBank(DIM + 1, 10).state())
+        bank.load(KnowledgeBank(DIM + 1, 10).state)
     write(bank, 1)
     assert same(recovered(tmp_path / "bank"), replay(2))
 
