@@ -193,7 +193,7 @@ class ShardCache:
     def _unlink_unless_held(self, path: str) -> bool:
         """Whether it is gone."""
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDWR)  # NFS locks for writing only what is open for it
         except FileNotFoundError:  # another process was quicker
             return True
         try:

@@ -192,7 +192,7 @@ def _hold(folder: Path) -> IO[bytes]:
     while True:
         with writing(folder), suppress(FileNotFoundError):  # removed before it was locked
             folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / LOCK, "ab")  # noqa: SIM115  (held for the length of the run)
+            lock = open(folder / LOCK, "a+b")  # noqa: SIM115  (held for the length of the run)
             fcntl.flock(lock, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / LOCK)):
                 os.utime(folder)
@@ -215,7 +215,7 @@ def _evict(root: Path, gib: float) -> None:
 
 def _removed(folder: Path) -> bool:
     """Removes a tower's folder unless a run holds it."""
-    with suppress(FileNotFoundError), open(folder / LOCK, "ab") as lock:
+    with suppress(FileNotFoundError), open(folder / LOCK, "a+b") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
