@@ -49,9 +49,8 @@ ablation-smoke: $(INSTALLED)  ## every arm on a few scenes, three minutes
 	$(BIN)/ask-dist ablate configs/ablation.yaml --smoke corpora.sampled_2500.shards=shards/smoke \
 	  corpora.sampled_10000.shards=shards/smoke corpora.recordings.shards=shards/none corpora.recordings_wide.shards=shards/none
 
-# Two files at a time: most tests wait for processes of their own to start. Slow ones measure, and want the machine alone.
 test: $(INSTALLED)  ## all tests but the slow ones, then the checks of style and types
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow"
 	$(MAKE) lint
 
 test-all: $(INSTALLED)  ## the slow tests too
