@@ -35,6 +35,8 @@ for _ in range(80):
         break
     except OSError:
         time.sleep(1)
+else:
+    raise SystemExit("the head node's dashboard does not answer")
 """
 
 

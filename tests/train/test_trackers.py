@@ -81,6 +81,15 @@ def wandb_records(path: Path) -> Iterator[Any]:
             whole = b""
 
 
+def wandb_history(files: list[Path]) -> list[dict[str, Any]]:
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for path in files
+        for record in wandb_records(path)
+        if record.HasField("history")
+    ]
+
+
 @needs("wandb")
 def test_wandb_offline_keeps_rows_and_its_id_over_a_resume(tmp_path):
     config = run_of(tmp_path, wandb="project", wandb_mode="offline")
@@ -90,15 +99,13 @@ def test_wandb_offline_keeps_rows_and_its_id_over_a_resume(tmp_path):
     files = sorted((config.run_dir / "tracking").rglob("run-*.wandb"))
     known = json.loads((config.run_dir / "tracking" / "wandb.json").read_text())["id"]
     assert [path.name for path in files] == [f"run-{known}.wandb"] * 2
-    records = [record for path in files for record in wandb_records(path)]
-    rows = [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
+    rows, end = wandb_history(files), time.monotonic() + 30
+    while len(rows) < 3 and time.monotonic() < end:  # its own process writes them
+        time.sleep(0.2)
+        rows = wandb_history(files)
     assert [(row["step"], row["a"]) for row in rows] == [(10, 1.0), (20, math.inf), (10, 0.5)]
     assert rows[0]["R@1"] == 50.0
-    (asked, *_) = (record.run for record in records if record.HasField("run"))
+    (asked, *_) = (record.run for record in wandb_records(files[0]) if record.HasField("run"))
     assert (asked.project, asked.display_name) == ("project", "seen")
     told = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in asked.config.update}
     assert told["optimization.learning_rate"] == config.optimization.learning_rate
