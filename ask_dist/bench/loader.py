@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import statistics
 import time
@@ -116,7 +117,16 @@ def _side_by_side(
 
 
 def _take(batches: Iterator[Batch], steps: int) -> int:
-    return sum(int(batch.valid.sum()) for batch in itertools.islice(batches, steps))
+    samples = 0
+    for batch in itertools.islice(batches, steps):
+        _look_at(batch.audio)
+        samples += int(batch.valid.sum())
+    return samples
+
+
+def _look_at(audio: torch.Tensor) -> None:
+    """Reads a value of each page of memory: a batch that came from another process is not here before."""
+    audio.flatten()[:: mmap.PAGESIZE // audio.element_size()].sum()
 
 
 def _read_with_webdataset(shards: ShardList) -> int:
@@ -134,7 +144,9 @@ def _webdataset_stream(shards: ShardList, processes: int) -> Iterator[tuple[torc
 def _samples_of(stream: Iterator[tuple[torch.Tensor, ...]], least: int) -> int:
     samples = 0
     while samples < least:
-        samples += len(next(stream)[0])
+        audio, _ = next(stream)
+        _look_at(audio)
+        samples += len(audio)
     return samples
 
 
