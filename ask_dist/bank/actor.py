@@ -143,6 +143,10 @@ class BankActor:
     def _load_one(self, folder: str) -> None:
         """Replace the bank by a snapshot of its own size, with no more than one of them in memory: of an empty bank
         callers are told meanwhile."""
+        if not len(self._bank):  # at the start of a run there is nothing to let go of, and one look is enough
+            path, state = store.newest(folder, snapshot.read)
+            self._load(lambda: state, path)
+            return
         path, told = store.newest(folder, snapshot.verify)
         dim, capacity = self._settings["dim"], self._settings["capacity"]
         if told.dim != dim or told.rows > capacity:
