@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
+from ask_dist.data.audio import LOUDEST
 from ask_dist.data.lanes import Cut, LaneReader, Part
 from ask_dist.data.order import Order
-from ask_dist.data.pack import write_shards
+from ask_dist.data.pack import EncodedClip, describe, encode_clip, write_shards
 from ask_dist.data.shards import Clip, ShardList
 from ask_dist.data.tar import BLOCK
 
@@ -65,8 +68,23 @@ def delivered(parts: list[Part]) -> list[tuple[str, str, bytes]]:
     )
 
 
-def corrupt_and_read(folder: Path, make_clip: Callable[..., Clip], seeds: range) -> dict[str, int]:
-    write_shards(map(make_clip, range(15)), folder, "train", clips_per_shard=5)
+def encoded(clip: Clip, extension: str) -> EncodedClip:
+    """As original files are packed."""
+    if extension == "flac":
+        return encode_clip(clip)
+    content = io.BytesIO()
+    form, subtype = {"wav": ("WAV", "FLOAT"), "ogg": ("OGG", "VORBIS"), "mp3": ("MP3", "MPEG_LAYER_III")}[extension]
+    soundfile.write(content, clip.audio, clip.sample_rate, format=form, subtype=subtype)
+    description = describe(clip.key, clip.captions, clip.classes, clip.extra)
+    seconds = len(clip.audio) / clip.sample_rate
+    return EncodedClip(clip.key, content.getvalue(), extension, description, clip.sample_rate, seconds, clip.classes)
+
+
+def corrupt_and_read(
+    folder: Path, make_clip: Callable[..., Clip], seeds: range, extensions: tuple[str, ...] = ("flac",)
+) -> dict[str, int]:
+    clips = (encoded(make_clip(number), extensions[number % len(extensions)]) for number in range(15))
+    write_shards(clips, folder, "train", clips_per_shard=5)
     shards = ShardList.load(folder)
     healthy = delivered(epoch(shards))
     assert len(healthy) == 15
@@ -86,16 +104,22 @@ def corrupt_and_read(folder: Path, make_clip: Callable[..., Clip], seeds: range)
         assert len(met) + sum(len(part.bad) for part in parts) == 15, seed
         assert {record["shard"] for record in names} <= {path.name}, seed
         assert names or met == healthy, seed
+        assert all(np.abs(np.frombuffer(audio, np.float32)).max() <= LOUDEST for _, _, audio in met), seed  # no NaN is
         outcomes["named" if names else "harmless"] += 1
     return outcomes
 
 
-def test_a_thousand_corruptions(tmp_path: Path, make_clip: Callable[..., Clip]) -> None:
-    outcomes = corrupt_and_read(tmp_path, make_clip, range(1000))
+FORMATS = pytest.mark.parametrize("extensions", [("flac",), ("wav", "ogg", "mp3")], ids="-".join)
+
+
+@FORMATS
+def test_a_thousand_corruptions(tmp_path: Path, make_clip: Callable[..., Clip], extensions: tuple[str, ...]) -> None:
+    outcomes = corrupt_and_read(tmp_path, make_clip, range(1000), extensions)
     assert outcomes["named"] > 900
 
 
 @pytest.mark.slow
-def test_ten_thousand_corruptions(tmp_path: Path, make_clip: Callable[..., Clip]) -> None:
-    outcomes = corrupt_and_read(tmp_path, make_clip, range(1000, 11_000))
+@FORMATS
+def test_ten_thousand_corruptions(tmp_path: Path, make_clip: Callable[..., Clip], extensions: tuple[str, ...]) -> None:
+    outcomes = corrupt_and_read(tmp_path, make_clip, range(1000, 11_000), extensions)
     assert sum(outcomes.values()) == 10_000
