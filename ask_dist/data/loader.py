@@ -20,6 +20,7 @@ from ask_dist.data.lanes import Cut, LaneReader, Part, Tokenize
 from ask_dist.data.leaks import HeldOut, recording_of, sound_digest
 from ask_dist.data.order import Order, lanes_of
 from ask_dist.data.prefetch import prefetched
+from ask_dist.data.processes import end_with_parent
 from ask_dist.data.quarantine import BadSamples, Record
 from ask_dist.data.samples import MAX_SECONDS, Raw, open_clip, read_clips
 from ask_dist.data.shards import ShardList, stable_id
@@ -216,7 +217,7 @@ class TrainLoader:
                 batch_size=None,
                 num_workers=self._processes,
                 multiprocessing_context="forkserver",
-                worker_init_fn=_one_thread,
+                worker_init_fn=_begin,
                 generator=torch.Generator(),  # else it draws from the one that a step's dropout has just seeded
             )
         )
@@ -232,8 +233,10 @@ class TrainLoader:
             )
 
 
-def _one_thread(_worker: int) -> None:
-    """Tokenizers of Hugging Face use one thread in a decoding process, as torch does; the user's own setting counts."""
+def _begin(_worker: int) -> None:
+    """Prepares a decoding process: it ends with its trainer, and tokenizers of Hugging Face use one thread in it, as
+    torch does; the user's own setting counts."""
+    end_with_parent()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -92,6 +92,12 @@ def _begin(done: Any, stop: Any) -> None:
     _count, _stop = done, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too and calls the work off
     os.environ["OMP_NUM_THREADS"] = "1"  # torch, where the function imports it, would take every core in each process
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that asked for it does, however that ends: a forkserver, and what it
+    started, would keep each other alive."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()

@@ -104,6 +104,32 @@ def _decodes(process: psutil.Process) -> bool:
         return False
 
 
+READING = """
+import sys, time
+from ask_dist.data.loader import TrainLoader
+from ask_dist.data.shards import ShardList
+
+batches = TrainLoader(ShardList.load(sys.argv[1]), rank=0, world_size=1, local_batch_size=8, seed=0, sample_rate=8000,
+                      clip_seconds=1.0, shuffle_window=16, processes=2).batches()
+next(batches)
+print("reading", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.multiprocess
+def test_decoding_processes_end_with_a_trainer_that_is_killed(small: ShardList) -> None:
+    command = [sys.executable, "-c", READING, str(small.paths[0].parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "reading\n"
+        started = psutil.Process(trainer.pid).children(recursive=True)
+        assert len(started) >= 3  # two, and what started them
+        trainer.kill()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
+
+
 EPOCHS = """
 import itertools, json, sys
 import psutil
