@@ -17,6 +17,7 @@ from ask_dist.data.order import Order, Piece
 from ask_dist.data.quarantine import Record
 from ask_dist.data.samples import Raw, open_clip, open_description, read_clips
 from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.data.slots import Slots
 
 # Captions -> int64 [captions, tokens], padded with 0 at the end. It is pickled for decoding processes.
 Tokenize = Callable[[list[str]], torch.Tensor]
@@ -27,14 +28,15 @@ CHANGED = "its SHA-256 is not that of sizes.json; clips that can still be read a
 
 @dataclass
 class Part:
-    """The clips of some lanes at one step; an invalid one has zeros and "". `notices` name whole shards; `tokens` are
-    [clips, 0] where nobody needs them; `lengths` are empty where all clips are as long."""
+    """The clips of some lanes at one step; an invalid one has zeros and "". `audio` is float32 [clips, samples], and
+    [clips, 0] as long as it lies in a decoding process's slot. `notices` name whole shards; `tokens` are int64
+    [clips, tokens], [clips, 0] where nobody needs them; `lengths` are empty where all clips are as long."""
 
     ids: list[int]
     keys: list[str]
-    audio: torch.Tensor
+    audio: np.ndarray
     captions: list[str]
-    tokens: torch.Tensor
+    tokens: np.ndarray
     valid: list[bool]
     swapped: list[bool]
     bad: list[Record] = field(default_factory=list)
@@ -59,17 +61,24 @@ class Cut:
 
 
 class LaneReader(IterableDataset[Part]):
-    """Reads and decodes a rank's lanes from a global step on; in a DataLoader process, its share of them."""
+    """Reads and decodes a rank's lanes from a global step on; in a DataLoader process, its share of them, with the
+    sounds in `slots`."""
 
-    def __init__(self, shards: ShardList, order: Order, lanes: range, cut: Cut, start_step: int = 0) -> None:
+    def __init__(
+        self, shards: ShardList, order: Order, lanes: range, cut: Cut, start_step: int = 0, slots: Slots | None = None
+    ) -> None:
         self._shards, self._order, self._lanes, self._cut = shards, order, lanes, cut
-        self._start_step = start_step
+        self._start_step, self._slots = start_step, slots
         self._notices: list[Record] = []
         self._verified: set[int] = set()
 
-    def starting_at(self, step: int) -> LaneReader:
-        """The same from another step on."""
-        return LaneReader(self._shards, self._order, self._lanes, self._cut, step)
+    def starting_at(self, step: int, slots: Slots | None = None) -> LaneReader:
+        """The same from another step on, for decoding processes with their slots."""
+        return LaneReader(self._shards, self._order, self._lanes, self._cut, step, slots)
+
+    def slots(self, processes: int) -> Slots:
+        """Room for what so many decoding processes read of it; raises as `Slots` does."""
+        return Slots(processes, -(-len(self._lanes) // processes) * self._order.per_lane, self._cut.samples)
 
     def without_sounds(self, undecodable: Mapping[str, str]) -> LaneReader:
         """The same clips with their captions alone: audio is [clips, 0], and nothing is decoded."""
@@ -89,9 +98,14 @@ class LaneReader(IterableDataset[Part]):
             first, last = (len(lanes) * index // worker.num_workers for index in (worker.id, worker.id + 1))
             lanes = lanes[first:last]
         streams = [self._lane(lane) for lane in lanes]
-        for step in itertools.count(self._start_step):
+        for number in itertools.count():
             clips = [next(stream) for stream in streams for _ in range(self._order.per_lane)]
-            part = self._decode(clips, step // self._order.steps_per_epoch)
+            epoch = (self._start_step + number) // self._order.steps_per_epoch
+            if worker is None or self._slots is None:
+                part = self._decode(clips, epoch, np.empty((len(clips), self._cut.samples), np.float32))
+            else:
+                part = self._decode(clips, epoch, self._slots.of(worker.id, number, len(clips)))
+                part.audio = np.empty((len(clips), 0), np.float32)
             part.notices, self._notices = self._notices, []
             yield part
 
@@ -134,29 +148,26 @@ class LaneReader(IterableDataset[Part]):
             if self._shards.changed(shard):
                 self._notices.append({"shard": name, "key": "", "reason": CHANGED})
 
-    def _decode(self, clips: Sequence[tuple[Raw, int] | None], epoch: int) -> Part:
+    def _decode(self, clips: Sequence[tuple[Raw, int] | None], epoch: int, audio: np.ndarray) -> Part:
         size = len(clips)
-        # Not zeros: fresh zeroed pages for each batch cost more than filling recycled memory.
-        audio = torch.empty(size, self._cut.samples)
-        tokens = torch.empty(size, 0, dtype=torch.int64)
+        tokens = np.empty((size, 0), np.int64)
         part = Part([NO_ID] * size, [""] * size, audio, [""] * size, tokens, [False] * size, [False] * size)
         part.lengths = [self._cut.step] * size if self._cut.step else []
-        waveforms = audio.numpy()
         for place, clip in enumerate(clips):
             if clip is not None:
                 try:
-                    self._fill(part, waveforms, place, *clip, epoch)
+                    self._fill(part, place, *clip, epoch)
                 except BadSample as error:
                     part.bad.append({"shard": clip[0].shard, "key": clip[0].key, "reason": str(error)})
             if not part.valid[place]:
-                waveforms[place] = 0
+                audio[place] = 0
         if self._cut.tokenize is not None:
-            part.tokens = self._cut.tokenize(part.captions)
+            part.tokens = self._cut.tokenize(part.captions).numpy()
         return part
 
-    def _fill(self, part: Part, waveforms: np.ndarray, place: int, raw: Raw, turn: int, epoch: int) -> None:
+    def _fill(self, part: Part, place: int, raw: Raw, turn: int, epoch: int) -> None:
         self._cut.held_out.refuse(raw)
-        room = waveforms[place]
+        room = part.audio[place]
         audio, description = self._open(raw, room)
         clip_id, captions = stable_id(raw.key), description["captions"]
         # Making a generator takes 6% of the time of decoding four seconds: only where there is something to draw.

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from ask_dist.data.audio import BadSample, fit_length, in_samples, own_length
@@ -24,6 +24,7 @@ from ask_dist.data.processes import end_with_parent
 from ask_dist.data.quarantine import BadSamples, Record
 from ask_dist.data.samples import MAX_SECONDS, Raw, open_clip, read_clips
 from ask_dist.data.shards import ShardList, stable_id
+from ask_dist.data.slots import AHEAD
 from ask_dist.errors import InputError
 
 FEW_BAD = 20  # so many must be bad before an epoch is over, lest one early bad clip stop a run
@@ -207,20 +208,25 @@ class TrainLoader:
             step, deaths = step + 1, 0
 
     def _parts(self, start_step: int) -> Iterator[Part]:
-        """For each step one part, or one from each decoding process, in the order of the lanes."""
-        reader = self._reader.starting_at(start_step)
+        """For each step one part, or one from each decoding process, in the order of the lanes; a part's audio is
+        good until the next step's parts are asked for."""
         if not self._processes:
-            return iter(reader)
-        return iter(
-            DataLoader(
-                reader,
-                batch_size=None,
-                num_workers=self._processes,
-                multiprocessing_context="forkserver",
-                worker_init_fn=_begin,
-                generator=torch.Generator(),  # else it draws from the one that a step's dropout has just seeded
-            )
+            yield from self._reader.starting_at(start_step)
+            return
+        slots = self._reader.slots(self._processes)
+        loader = DataLoader(
+            self._reader.starting_at(start_step, slots),
+            batch_size=None,
+            num_workers=self._processes,
+            prefetch_factor=AHEAD,
+            multiprocessing_context="forkserver",
+            worker_init_fn=_begin,
+            generator=torch.Generator(),  # else it draws from the one that a step's dropout has just seeded
         )
+        for number, part in enumerate(loader):
+            turn, process = divmod(number, self._processes)
+            part.audio = slots.of(process, turn, len(part.ids))
+            yield part
 
     def _check_bad(self) -> None:
         bad = self.bad
@@ -245,9 +251,9 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     valid = [flag for part in parts for flag in part.valid]
     captions = [caption for part in parts for caption in part.captions]
     lengths = [length for part in parts for length in part.lengths]
-    audio = torch.cat([part.audio for part in parts]) if len(parts) > 1 else parts[0].audio
+    audio = _joined([part.audio for part in parts])
     width = max(part.tokens.shape[1] for part in parts)
-    tokens = torch.cat([nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts])
+    tokens = _joined([np.pad(part.tokens, ((0, 0), (0, width - part.tokens.shape[1]))) for part in parts])
     if any(valid):
         donor = valid.index(True)
         for place, flag in enumerate(valid):
@@ -260,9 +266,9 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     return Batch(
         ids=torch.tensor([clip_id for part in parts for clip_id in part.ids], dtype=torch.int64),
         keys=[key for part in parts for key in part.keys],
-        audio=_pinned(audio),
+        audio=audio,
         captions=captions,
-        tokens=_pinned(tokens),
+        tokens=tokens,
         valid=torch.tensor(valid),
         swapped=torch.tensor([flag for part in parts for flag in part.swapped]),
         epoch=epoch,
@@ -271,8 +277,13 @@ def merge(parts: Sequence[Part], epoch: int, step: int) -> Batch:
     )
 
 
-def _pinned(rows: torch.Tensor) -> torch.Tensor:
-    return rows.pin_memory() if torch.cuda.is_available() else rows
+def _joined(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """In one piece, in pinned memory where there is a GPU, and not in anybody else's."""
+    if torch.cuda.is_available():
+        parts = [torch.from_numpy(part) for part in rows]
+        shape = (sum(map(len, rows)), *rows[0].shape[1:])
+        return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
+    return torch.from_numpy(rows[0] if len(rows) == 1 and rows[0].flags.owndata else np.concatenate(rows))
 
 
 def _of_a_death(error: Exception) -> bool:

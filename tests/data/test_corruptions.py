@@ -61,7 +61,7 @@ def epoch(shards: ShardList) -> list[Part]:
 
 def delivered(parts: list[Part]) -> list[tuple[str, str, bytes]]:
     return sorted(
-        (part.keys[place], part.captions[place], part.audio[place].numpy().tobytes())
+        (part.keys[place], part.captions[place], part.audio[place].tobytes())
         for part in parts
         for place, valid in enumerate(part.valid)
         if valid

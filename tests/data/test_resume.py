@@ -139,21 +139,26 @@ from ask_dist.processor import use_cpu
 
 use_cpu(1)
 loader = TrainLoader(ShardList.load(sys.argv[1]), rank=0, world_size=1, local_batch_size=32, seed=0,
-                     sample_rate=8000, clip_seconds=1.0, shuffle_window=16)
+                     sample_rate=8000, clip_seconds=1.0, shuffle_window=16, processes=int(sys.argv[2]))
 resident = []
 batches = loader.batches()
 for epoch in range(50):
     for batch in itertools.islice(batches, loader.steps_per_epoch):
         pass
-    resident.append(psutil.Process().memory_info().rss)
+    trainer = psutil.Process()
+    processes = [trainer, *trainer.children(recursive=True)]
+    resident.append(sum(process.memory_info().rss for process in processes))
+batches.close()
 print(json.dumps(resident))
 """
 
 
 @pytest.mark.multiprocess
-def test_memory_stays_flat_over_fifty_epochs(tmp_path: Path, make_clip: Callable[..., Clip]) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_memory_stays_flat_over_fifty_epochs(tmp_path: Path, make_clip: Callable[..., Clip], processes: int) -> None:
     write_shards((make_clip(number, 8000) for number in range(64)), tmp_path, "train", clips_per_shard=8)
-    done = subprocess.run([sys.executable, "-c", EPOCHS, str(tmp_path)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", EPOCHS, str(tmp_path), str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     resident = json.loads(done.stdout)
     assert len(resident) == 50
     assert max(resident[1:]) <= 1.02 * resident[0]
