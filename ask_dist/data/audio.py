@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -55,14 +56,19 @@ class Decoded:
     format: str
 
 
-def decode_channels(data: bytes, longest: float | None = None, room: np.ndarray | None = None) -> Decoded:
-    """Like `decode`, with all channels as they are and without a look at what they hold.
+def decode_channels(
+    data: bytes | io.BytesIO | io.FileIO, longest: float | None = None, room: np.ndarray | None = None
+) -> Decoded:
+    """Like `decode`, with all channels as they are and without a look at what they hold, also of a file at its start.
 
     Raises:
         BadSample: undecodable, or too long.
     """
+    source: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+    if isinstance(data, io.FileIO):  # libsndfile reads it by itself; by its name it would guess at what is no sound
+        source = data.fileno()
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(source, closefd=False) as file:
             seconds = file.frames / file.samplerate
             if longest is not None and seconds > longest:
                 raise BadSample(f"too long: {seconds:.1f} s by its header, at most {longest:g} s are taken")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import struct
 from collections import deque
@@ -25,6 +26,7 @@ EXTENSIONS = {"FLAC": "flac", "OGG": "ogg", "MP3": "mp3", "WAV": "wav", "WAVEX":
 # Sizes from here on are written into pipes, where nobody can go back and fill in the true one: SoX's, the smallest.
 STREAMED = 0x7FFFF000
 DOWNLOADS = 8  # at once in a process
+Sound = io.BytesIO | io.FileIO
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ def pack_rows(task: Task) -> tuple[int, dict[str, Any]]:
         for row, key, read in _read(task):
             captions, reasons = usable_captions(row.captions)
             try:
-                content = read()
-                if not captions:
-                    raise BadSample(reasons.pop() if reasons else "no caption")
-                tars.add(_encode(row, key, captions, content, task.settings))
+                with read() as sound:
+                    if not captions:
+                        raise BadSample(reasons.pop() if reasons else "no caption")
+                    tars.add(_encode(row, key, captions, sound, task.settings))
             except BadSample as error:
                 reasons.append(str(error))
                 lost += [row.line] if isinstance(error, OutOfReach) else []
@@ -118,13 +120,13 @@ class _Tars:
         return self._done
 
 
-def _read(task: Task) -> Iterator[tuple[Row, str, Callable[[], bytes]]]:
+def _read(task: Task) -> Iterator[tuple[Row, str, Callable[[], Sound]]]:
     """The rows with their keys and what gives their audio; of URLs, some more is being read already."""
-    reads = [functools.partial(task.source.read, place) for place in task.places]
+    reads = [functools.partial(task.source.open, place) for place in task.places]
     if not any(map(URL.match, task.places)):
         yield from zip(task.rows, task.keys, reads, strict=True)
         return
-    waiting: deque[tuple[Row, str, Callable[[], bytes]]] = deque()
+    waiting: deque[tuple[Row, str, Callable[[], Sound]]] = deque()
     with ThreadPoolExecutor(DOWNLOADS) as executor:
         try:
             for row, key, read in zip(task.rows, task.keys, reads, strict=True):
@@ -155,14 +157,15 @@ def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _encode(row: Row, key: str, captions: list[str], data: bytes, settings: PackSettings) -> EncodedClip:
+def _encode(row: Row, key: str, captions: list[str], sound: Sound, settings: PackSettings) -> EncodedClip:
     """The clip of a row out of its audio file.
 
     Raises:
         BadSample: the audio can't be used.
     """
-    _refuse_cut_wav(data)
-    decoded = audio.decode_channels(data, settings.max_seconds)
+    _refuse_cut_wav(sound)
+    sound.seek(0)
+    decoded = audio.decode_channels(sound, settings.max_seconds)
     mono = audio.mono(decoded.samples)
     rate = settings.sample_rate or decoded.rate
     if settings.original or settings.keep_channels or rate != decoded.rate:  # else `encode_clip` looks at them
@@ -171,9 +174,10 @@ def _encode(row: Row, key: str, captions: list[str], data: bytes, settings: Pack
     if settings.original:
         if decoded.format not in EXTENSIONS:
             raise BadSample(f"{decoded.format} can't be stored as it is: pack it as FLAC")
+        sound.seek(0)
         return EncodedClip(
             key,
-            data,
+            sound.read(),
             EXTENSIONS[decoded.format],
             describe(key, captions, classes, row.extra),
             decoded.rate,
@@ -189,16 +193,18 @@ def _encode(row: Row, key: str, captions: list[str], data: bytes, settings: Pack
     return encode_clip(Clip(key, samples.T, rate, tuple(captions), classes, row.extra))
 
 
-def _refuse_cut_wav(data: bytes) -> None:
+def _refuse_cut_wav(sound: Sound) -> None:
     """Raises BadSample for a WAV that ends before its sound does, of which libsndfile would take what is there."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+    head = sound.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         return
-    place = 12
-    while place + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, place)
+    length, place = sound.seek(0, io.SEEK_END), 12
+    while place + 8 <= length:
+        sound.seek(place)
+        name, size = struct.unpack("<4sI", sound.read(8))
         place += 8
         if name == b"data":
-            if len(data) - place < size < STREAMED:
-                raise BadSample(f"truncated WAV: {len(data) - place} of {size} bytes of sound")
+            if length - place < size < STREAMED:
+                raise BadSample(f"truncated WAV: {length - place} of {size} bytes of sound")
             return
         place += size + size % 2  # chunks begin at even places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ask_dist.data.audio import BadSample
 from ask_dist.data.places import Pace, TooSlow, may_pass, one_line, reach, status_of
 from ask_dist.data.table import URL
 from ask_dist.errors import InputError
+from ask_dist.files import regular_size
 
 # Not all that fsspec knows: "file" would lead out of the audio folder, and chains ("a::b") into other stores.
 PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
@@ -39,8 +41,8 @@ class Source:
     tries: int = 3
     pause: float = 1.0
 
-    def read(self, place: str) -> bytes:
-        """The content of a path or URL.
+    def open(self, place: str) -> io.BytesIO | io.FileIO:
+        """A file, or the content of a URL, at its start.
 
         Raises:
             OutOfReach: all tries of a URL failed, by what may pass.
@@ -48,12 +50,14 @@ class Source:
             InputError: the URL needs a package that is missing.
         """
         if URL.match(place):
-            return self._download(place)
+            return io.BytesIO(self._download(place))
+        path = self.folder / place
         try:
-            with (self.folder / place).open("rb") as file:
-                return self._limited(file)
+            if regular_size(path) > self.most_bytes:
+                raise self._too_large()
+            return io.FileIO(path)
         except OSError as error:
-            raise BadSample(f"unreadable file: {error.strerror}") from None
+            raise BadSample(f"unreadable file: {error.strerror or error}") from None
 
     def _download(self, url: str) -> bytes:
         for tried in range(1, self.tries + 1):
@@ -87,21 +91,22 @@ class Source:
             filesystem, path = reach(url, self.timeout, self.timeout)
         except ImportError as error:
             raise InputError(f"{protocol}:// needs a package that is missing ({error}): install it") from None
-        pace = Pace(self.timeout)
         with filesystem.open(path, "rb", **reading) as file:
-            return self._limited(file, pace)
+            return self._limited(file)
 
-    def _limited(self, file: Any, pace: Pace | None = None) -> bytes:
+    def _limited(self, file: Any) -> bytes:
         """All of an open file, or BadSample once it is over the limit, TooSlow where it does not keep the pace."""
-        blocks, size = list[bytes](), 0
+        blocks, size, pace = list[bytes](), 0, Pace(self.timeout)
         while block := file.read(BLOCK):
             blocks.append(block)
             size += len(block)
             if size > self.most_bytes:
-                raise BadSample(f"too large: over {self.most_bytes / 2**20:g} MiB")
-            if pace is not None:
-                pace.check(size)
+                raise self._too_large()
+            pace.check(size)
         return b"".join(blocks)
+
+    def _too_large(self) -> BadSample:
+        return BadSample(f"too large: over {self.most_bytes / 2**20:g} MiB")
 
 
 def check_url(url: str, place: str) -> None:

@@ -148,11 +148,11 @@ def test_a_busy_store_is_asked_again_as_often_as_told(bucket: GoogleBucket, tmp_
     bucket.write("a.wav", b"sound")
     source = Source(tmp_path, tries=3, pause=0.01)
     bucket.server.busy = bucket.asks
-    assert source.read(f"{bucket.url}/a.wav") == b"sound"
+    assert source.open(f"{bucket.url}/a.wav").read() == b"sound"
     bucket.server.busy = 1000
     bucket.server.requests.clear()
     with pytest.raises(BadSample, match="unreadable URL after 3 tries: it answers 503"):
-        source.read(f"{bucket.url}/a.wav")
+        source.open(f"{bucket.url}/a.wav")
     assert bucket.server.requests[f"/storage/v1/b/{bucket.name}/o/a.wav"] == 3  # gcsfs adds no tries of its own
 
 
@@ -161,11 +161,11 @@ def test_a_source_names_what_a_bucket_refuses(bucket: Bucket, tmp_path: Path) ->
     bucket.write("a.wav", b"sound")
     bucket.write("secret.wav", b"sound")
     bucket.forbid("secret.wav")
-    assert source.read(f"{bucket.url}/a.wav") == b"sound"
+    assert source.open(f"{bucket.url}/a.wav").read() == b"sound"
 
     def refused(name: str, reason: str) -> None:
         with pytest.raises(BadSample, match=reason):
-            source.read(f"{bucket.url}/{name}")
+            source.open(f"{bucket.url}/{name}")
 
     refused("gone.wav", "^unreadable URL: not found")
     refused("secret.wav", "^unreadable URL: (PermissionError Forbidden|it answers 403)")
@@ -181,7 +181,7 @@ def test_a_store_that_is_silent_is_waited_for_as_long_as_asked(
         bucket.forget()
         source = Source(tmp_path, timeout=0.3, tries=2, pause=0.01)
         with pytest.raises(BadSample, match=r"unreadable URL after 2 tries: (ReadTimeoutError|no answer)"):
-            source.read(f"{bucket.url}/a.wav")
+            source.open(f"{bucket.url}/a.wav")
         silent.setblocking(False)
         assert len(list(iter(lambda: accepted(silent), None))) == 2 * bucket.asks
 

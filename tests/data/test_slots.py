@@ -26,7 +26,8 @@ def test_parts_lie_apart_until_a_turn_comes_round():
         for part in range(AHEAD + 1):
             np.testing.assert_array_equal(slots.of(process, part, 2), np.full((2, 5), 10 * process + part))
     slots.of(1, AHEAD + 1, 3)[:] = 99
-    assert (slots.of(1, 0, 3) == 99).all() and (slots.of(0, 0, 3) == 0).all()
+    assert (slots.of(1, 0, 3) == 99).all()
+    assert (slots.of(0, 0, 3) == 0).all()
 
 
 def test_clips_without_sounds_need_no_room():
@@ -36,4 +37,5 @@ def test_clips_without_sounds_need_no_room():
 def test_too_little_shared_memory_is_said_in_one_line():
     said = subprocess.run([sys.executable, "-c", TOO_MUCH], capture_output=True, text=True, check=True).stdout
     assert said.startswith("23 MiB of shared memory for 2 decoding processes can't be had (")
-    assert said.endswith("enlarge /dev/shm, or set data.loader_processes=0\n") and said.count("\n") == 1
+    assert said.endswith("enlarge /dev/shm, or set data.loader_processes=0\n")
+    assert said.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -74,7 +75,7 @@ def source(tmp_path: Path) -> Source:
 def test_a_url_is_read_whole_after_as_many_tries_as_it_takes(
     server: str, source: Source, name: str, tries: int
 ) -> None:
-    assert source.read(f"{server}/{name}.wav") == CONTENT
+    assert source.open(f"{server}/{name}.wav").read() == CONTENT
     assert requests[f"/{name}.wav"] == tries
 
 
@@ -93,27 +94,33 @@ def test_a_url_that_fails_is_named_after_the_tries_that_may_help(
     server: str, source: Source, name: str, tries: int, reason: str
 ) -> None:
     with pytest.raises(BadSample, match=reason):
-        source.read(f"{server}/{name}.wav")
+        source.open(f"{server}/{name}.wav")
     assert requests[f"/{name}.wav"] == tries
 
 
 def test_nobody_listens(source: Source) -> None:
     with pytest.raises(BadSample, match="after 3 tries: ClientConnectorError"):
-        source.read("http://127.0.0.1:9/x.wav")
+        source.open("http://127.0.0.1:9/x.wav")
 
 
 def test_what_is_over_the_size_limit_is_not_read_to_its_end(server: str, tmp_path: Path) -> None:
     (tmp_path / "large.wav").write_bytes(bytes(2 * 2**20))
     for place in (f"{server}/whole.wav", "large.wav"):
         with pytest.raises(BadSample, match="too large: over 1 MiB"):
-            Source(tmp_path, most_bytes=2**20).read(place)
+            Source(tmp_path, most_bytes=2**20).open(place)
 
 
 def test_a_file_is_read_and_a_missing_one_named(tmp_path: Path, source: Source) -> None:
     (tmp_path / "a.wav").write_bytes(CONTENT)
-    assert source.read("a.wav") == CONTENT
+    assert source.open("a.wav").read() == CONTENT
     with pytest.raises(BadSample, match="unreadable file: No such file"):
-        source.read("b.wav")
+        source.open("b.wav")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, source: Source) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    with pytest.raises(BadSample, match="unreadable file: it is no regular file"):
+        source.open("a.wav")
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "pipe://x", "simplecache::http://a", "http://a::file://b"])
