@@ -125,8 +125,13 @@ class ShardWriter:
         self.clips = 0
         self.size = 0
         self._path = path
-        self._file = path.open("wb")
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=BUFFER)
+        self._file = _Digested(path)
+        self._tar = tarfile.TarFile(
+            fileobj=self._file,  # type: ignore[arg-type]  # it writes and tells, which is all that is asked of it
+            mode="w",
+            format=tarfile.USTAR_FORMAT,
+            copybufsize=BUFFER,
+        )
         self._seconds = 0.0
         self._classes: Counter[str] = Counter()
         self._rates: Counter[str] = Counter()
@@ -147,22 +152,48 @@ class ShardWriter:
     def finish(self) -> WrittenShard:
         """Close the tar; it is on disk when this returns."""
         self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        with self._path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return WrittenShard(
             self._path.name,
             self.clips,
             round(self._seconds, 3),
-            sha256,
+            self._file.finish(),
             dict(self._classes),
             dict(self._rates),
         )
 
     def abandon(self) -> None:
         """Close the file as it is."""
+        self._file.close()
+
+
+class _Digested:
+    """A file that is written from its start to its end, with its SHA-256; it goes to the disk as it grows, so that
+    little is left to wait for at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._sent = 0
+
+    def write(self, data: bytes) -> int:
+        self._digest.update(data)
+        if self.tell() - self._sent > BUFFER:
+            self._file.flush()
+            self._sent = self.tell()
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # begins to write, and does not wait
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def finish(self) -> str:
+        """The digest in hexadecimal; the file is on disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
         self._file.close()
 
 
