@@ -9,6 +9,7 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from ask_dist.bench.bare import bare_loop, peak_gib
 from ask_dist.bench.machine import machine
+from ask_dist.bench.towers import save_ast, save_clap_htsat, save_cnn14, save_whisper
 from ask_dist.bench.trainer import WARM_UP, WINDOW, bench_config, trained
 from ask_dist.config import Config
 from ask_dist.data.shards import ShardList
@@ -26,7 +28,6 @@ from ask_dist.train import run
 
 SCENES, RECORDINGS = Path("configs/quickstart.yaml"), Path("configs/recordings.yaml")
 OUTPUT = Path("runs/bench/train.json")
-ROUNDS = 2
 LEARNING: dict[str, Any] = {
     **{f"model.{tower}.freeze": "false" for tower in ("audio", "text")},
     "data.cache_embeddings": "false",
@@ -42,12 +43,31 @@ class Comparison:
         cases: settings by name; `knowledge` is a setting of its own.
         shared: settings of the loops, and of the cases but for their own.
         steps: of each run.
+        window: steps a measurement.
+        rounds: of all in turns.
+        weights: puts those of the audio encoder into a folder, and gives what `model.audio.source` is then.
     """
 
     config_file: Path
     cases: dict[str, dict[str, Any]]
     shared: dict[str, Any] = field(default_factory=dict)
     steps: int = 80
+    window: int = WINDOW
+    rounds: int = 2
+    weights: Callable[[Path], Path] | None = None
+
+    def with_weights(self, folder: Path) -> Comparison:
+        """The same with weights in the folder, if it needs any."""
+        if self.weights is None:
+            return self
+        return replace(self, shared=self.shared | {"model.audio.source": self.weights(folder)}, weights=None)
+
+
+def _learning(name: str, sample_rate: int, weights: Callable[[Path], Path]) -> Comparison:
+    """An audio encoder of its published size, which learns beside MiniLM on two pairs a worker and step."""
+    further = {"model.audio.name": name, "data.sample_rate": sample_rate, "data.lanes": 4}
+    batch = {"optimization.micro_batch_size": 2, "optimization.train_batch_size": 4}
+    return Comparison(RECORDINGS, {name: {}}, LEARNING | further | batch, steps=9, window=1, rounds=1, weights=weights)
 
 
 COMPARISONS = {
@@ -72,13 +92,17 @@ COMPARISONS = {
         {"data.cache_embeddings": "false"},
         steps=50,
     ),
+    "clap-htsat + minilm, learning": _learning("clap-htsat", 48_000, save_clap_htsat),
+    "ast + minilm, learning": _learning("ast", 16_000, save_ast),
+    "whisper + minilm, learning": _learning("whisper", 16_000, save_whisper),
+    "cnn14 + minilm, learning": _learning("cnn14", 32_000, save_cnn14),
 }
 
 
 CASES = [name for comparison in COMPARISONS.values() for name in comparison.cases]
 
 
-def compare(comparison: Comparison, rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
+def compare(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Runs the plain loop, every case and the loop that is alike in turns.
 
     Returns:
@@ -92,12 +116,13 @@ def compare(comparison: Comparison, rounds: int = ROUNDS) -> dict[str, dict[str,
     stages: dict[str, dict[str, float]] = {}
 
     def loop(name: str, config: Config, alike: bool) -> None:
-        measured = bare_loop(config, WINDOW, alike)
+        measured = bare_loop(config, comparison.window, alike)
         rates[name] += measured.rates[WARM_UP:]
         peaks[name].append(measured.peak_gib)
 
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
+        comparison = comparison.with_weights(Path(folder) / "weights")
+        for number in range(comparison.rounds):
             place = Path(folder) / str(number)
             loop("bare", _config(comparison, "bare", place), False)
             for name in comparison.cases:
@@ -132,7 +157,7 @@ def _is_plain(config: Config) -> bool:
 
 
 def _config(comparison: Comparison, name: str, folder: Path) -> Config:
-    further = comparison.shared | comparison.cases.get(name, {})
+    further = {"optimization.log_every": comparison.window} | comparison.shared | comparison.cases.get(name, {})
     knowledge = further.get("knowledge.enabled") == "true"
     config = bench_config(comparison.config_file, folder, name, comparison.steps, knowledge, further)
     if knowledge:  # a pair's neighbours can be asked for once the bank holds it

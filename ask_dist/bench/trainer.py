@@ -65,6 +65,7 @@ def bench_config(
         "name": name,
         "output_dir": folder,
         "data.validation": "null",
+        "data.test": "null",
         "optimization.epochs": 1000,
         "optimization.max_steps": steps,
         "optimization.log_every": WINDOW,
@@ -95,4 +96,6 @@ def trained(config: Config) -> list[dict[str, float]]:
 def windows(config: Config) -> list[dict[str, float]]:
     """The rows of a run's metrics that each stand for a whole window; in the first `WARM_UP` it warmed up."""
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train/samples_per_second" in row and row["step"] % WINDOW == 0]
+    return [
+        row for row in rows if "train/samples_per_second" in row and row["step"] % config.optimization.log_every == 0
+    ]

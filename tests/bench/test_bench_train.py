@@ -19,7 +19,7 @@ def test_a_run_in_chunks_is_compared_with_a_bare_loop_over_the_same_batches(tmp_
     path = tmp_path / "tones.yaml"
     path.write_text(yaml.safe_dump(tree))
     chunks = {"optimization.micro_batch_size": 4, "optimization.train_batch_size": 32}
-    found = compare(Comparison(path, {"chunks": chunks}, steps=50), rounds=1)
+    found = compare(Comparison(path, {"chunks": chunks}, steps=50, rounds=1))
     bare, alike, case = found["bare"], found["chunks, loop"], found["chunks"]
     assert case["ratio"] == pytest.approx(case["samples_per_second"] / bare["samples_per_second"])
     assert case["memory_ratio"] == pytest.approx(case["peak_gib"] / bare["peak_gib"])
