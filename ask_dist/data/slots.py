@@ -30,11 +30,11 @@ class Slots:
         shape = (processes, AHEAD + 1, clips, samples)
         try:
             self._audio = torch.empty(shape).share_memory_()
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError):  # torch says which file, and "Success"
             mebibytes = 4 * torch.Size(shape).numel() / 2**20
             raise InputError(
-                f"{mebibytes:.0f} MiB of shared memory for {processes} decoding processes can't be had "
-                f"({str(error).splitlines()[0]}): enlarge /dev/shm, or set data.loader_processes=0"
+                f"{mebibytes:.0f} MiB of shared memory for {processes} decoding processes can't be had: "
+                "enlarge /dev/shm (docker's --shm-size), or set data.loader_processes=0"
             ) from None
 
     def of(self, process: int, part: int, clips: int) -> np.ndarray:
