@@ -108,6 +108,8 @@ def _worker(rank: int, world_size: int, tree: dict[str, Any], folder: str, windo
         scaler.step(optimizer)
         scaler.update()
         if step % window == 0:
+            if on_gpu:  # which has only been told what to do so far
+                torch.cuda.synchronize(device)
             rates.append(window * local * world_size / (time.monotonic() - since))
             since = time.monotonic()
     if rank == 0:

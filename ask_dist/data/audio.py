@@ -81,7 +81,7 @@ def decode_channels(
     except BadSample:
         raise
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        raise BadSample(f"undecodable audio: {error}") from None
+        raise _undecodable(error) from None
 
 
 def seconds(data: bytes) -> float:
@@ -94,7 +94,12 @@ def seconds(data: bytes) -> float:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             return file.frames / file.samplerate
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        raise BadSample(f"undecodable audio: {error}") from None
+        raise _undecodable(error) from None
+
+
+def _undecodable(error: Exception) -> BadSample:
+    """What libsndfile says, without the number or address that it knows the file by."""
+    return BadSample(f"undecodable audio: {getattr(error, 'error_string', error)}")
 
 
 def check(audio: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ class _Digested:
         if self.tell() - self._sent > BUFFER:
             self._file.flush()
             self._sent = self.tell()
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # begins to write, and does not wait
+            with suppress(OSError):  # begins to write, and does not wait; what is written leaves the cache
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return self._file.write(data)
 
     def tell(self) -> int:

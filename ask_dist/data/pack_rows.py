@@ -18,7 +18,7 @@ from ask_dist.data.audio import BadSample
 from ask_dist.data.pack import EncodedClip, ShardWriter, WrittenShard, describe, encode_clip
 from ask_dist.data.processes import tick
 from ask_dist.data.shards import LONGEST_CAPTION, Clip, write_text
-from ask_dist.data.sources import OutOfReach, Source
+from ask_dist.data.sources import OutOfReach, Source, reading
 from ask_dist.data.table import URL, Row
 
 MOST_FLAC_CHANNELS = 8
@@ -81,10 +81,11 @@ def pack_rows(task: Task) -> tuple[int, dict[str, Any]]:
         for row, key, read in _read(task):
             captions, reasons = usable_captions(row.captions)
             try:
-                with read() as sound:
+                with read() as sound, reading():
                     if not captions:
                         raise BadSample(reasons.pop() if reasons else "no caption")
-                    tars.add(_encode(row, key, captions, sound, task.settings))
+                    clip = _encode(row, key, captions, sound, task.settings)
+                tars.add(clip)
             except BadSample as error:
                 reasons.append(str(error))
                 lost += [row.line] if isinstance(error, OutOfReach) else []
@@ -201,7 +202,10 @@ def _refuse_cut_wav(sound: Sound) -> None:
     length, place = sound.seek(0, io.SEEK_END), 12
     while place + 8 <= length:
         sound.seek(place)
-        name, size = struct.unpack("<4sI", sound.read(8))
+        header = sound.read(8)
+        if len(header) < 8:  # it has become shorter
+            return
+        name, size = struct.unpack("<4sI", header)
         place += 8
         if name == b"data":
             if length - place < size < STREAMED:

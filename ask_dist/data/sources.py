@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,20 @@ from ask_dist.files import regular_size
 # Not all that fsspec knows: "file" would lead out of the audio folder, and chains ("a::b") into other stores.
 PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 BLOCK = 2**20
+TAG = b"ID3"
 
 
 class OutOfReach(BadSample):
     """What may be there at another time."""
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """For a block that reads a local file: what the operating system says becomes a BadSample."""
+    try:
+        yield
+    except OSError as error:
+        raise BadSample(f"unreadable file: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -52,12 +64,15 @@ class Source:
         if URL.match(place):
             return io.BytesIO(self._download(place))
         path = self.folder / place
-        try:
+        with reading():
             if regular_size(path) > self.most_bytes:
                 raise self._too_large()
-            return io.FileIO(path)
-        except OSError as error:
-            raise BadSample(f"unreadable file: {error.strerror or error}") from None
+            file = io.FileIO(path)
+            if file.read(len(TAG)) == TAG:  # behind one libsndfile finds another end in a file than in its bytes
+                with file:
+                    return io.BytesIO(TAG + file.readall())
+            file.seek(0)
+            return file
 
     def _download(self, url: str) -> bytes:
         for tried in range(1, self.tries + 1):

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from ask_dist.data.audio import BadSample, decode, fit_length, resample, seconds
+from ask_dist.data.audio import BadSample, decode, decode_channels, fit_length, resample, seconds
 
 
 def encoded(audio: np.ndarray, rate: int = 8000, kind: str = "WAV", subtype: str = "FLOAT") -> bytes:
@@ -91,3 +92,22 @@ def test_what_does_not_fit_leaves_the_room_as_it_is(shape: tuple[int, ...]) -> N
     room = np.full(100, 7.0, np.float32)
     np.testing.assert_array_equal(decode(data, room=room)[0], decode(data)[0])
     np.testing.assert_array_equal(room, 7.0)
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [("FLAC", "PCM_16"), ("WAV", "FLOAT"), ("OGG", "VORBIS"), ("MP3", None)])
+def test_a_file_is_decoded_as_its_bytes_are(kind: str, subtype: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "sound.raw"  # a name by which libsndfile would take anything for samples
+    soundfile.write(path, sine(16000), 16000, format=kind, subtype=subtype)
+    with io.FileIO(path) as file:
+        found = decode_channels(file)
+        assert not file.closed
+    expected = decode_channels(path.read_bytes())
+    assert (found.rate, found.format) == (expected.rate, expected.format)
+    np.testing.assert_array_equal(found.samples, expected.samples)
+
+
+def test_what_is_no_sound_is_none_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("page.au", "page.vox", "page.raw"):
+        (tmp_path / name).write_bytes(b"<html>" * 100)
+        with io.FileIO(tmp_path / name) as file, pytest.raises(BadSample, match="undecodable audio: Format not"):
+            decode_channels(file)

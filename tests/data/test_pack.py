@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ask_dist.data.audio import BadSample
-from ask_dist.data.pack import EncodedClip, write_shards
+from ask_dist.data.pack import BUFFER, EncodedClip, write_shards
 from ask_dist.data.samples import open_clip, read_shard
 from ask_dist.data.shards import Clip, ShardList
 from ask_dist.errors import InputError
@@ -98,3 +98,12 @@ def test_no_clip_is_larger_than_readers_take(extension: str, limit: int) -> None
     assert clip(limit).key == "a"
     with pytest.raises(BadSample, match=rf"its \.{extension} has {limit + 1} bytes, over the limit of"):
         clip(limit + 1)
+
+
+def test_a_shard_is_digested_as_it_lies_on_the_disk(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).uniform(-1, 1, 400_000).astype(np.float32)
+    clips = [Clip(f"clip-{number}", noise, 8000, ("noise",), ()) for number in range(5)]  # more than a buffer each
+    sizes = write_shards(clips, tmp_path, "train")
+    digest = hashlib.sha256((tmp_path / "train-000000.tar").read_bytes()).hexdigest()
+    assert sizes["shards"]["train-000000.tar"]["sha256"] == digest
+    assert (tmp_path / "train-000000.tar").stat().st_size > 3 * BUFFER

@@ -117,6 +117,16 @@ def test_a_file_is_read_and_a_missing_one_named(tmp_path: Path, source: Source) 
         source.open("b.wav")
 
 
+def test_a_disk_that_fails_costs_the_file_alone() -> None:
+    with pytest.raises(BadSample, match="unreadable file: Input/output error"):
+        Source(Path("/proc/self")).open("mem")
+
+
+def test_a_tagged_file_is_read_whole(tmp_path: Path, source: Source) -> None:
+    (tmp_path / "a.mp3").write_bytes(b"ID3" + CONTENT)
+    assert source.open("a.mp3").read() == b"ID3" + CONTENT
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path, source: Source) -> None:
     os.mkfifo(tmp_path / "a.wav")
     with pytest.raises(BadSample, match="unreadable file: it is no regular file"):
