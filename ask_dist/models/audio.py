@@ -95,6 +95,8 @@ class AudioEncoder(Encoder):
 _REGISTRY: Registry[Callable[[Model, int], AudioEncoder]] = Registry("model.audio.name")
 # Makes `factory(model_config, sample_rate) -> AudioEncoder` available as `model.audio.name`.
 register_audio_encoder = _REGISTRY.register
+# audio_settings_read(name): which of encoder.CHOICES the encoder reads.
+audio_settings_read = _REGISTRY.reads
 
 
 def build_audio_encoder(config: Model, sample_rate: int) -> AudioEncoder:
@@ -185,6 +187,6 @@ class ConvAudioEncoder(AudioEncoder):
         return states.amax(dim=1) + states.mean(dim=1)
 
 
-@register_audio_encoder("conv")
+@register_audio_encoder("conv", reads=())
 def _conv(config: Model, sample_rate: int) -> AudioEncoder:
     return ConvAudioEncoder(sample_rate, config.audio.mel_bins, config.audio.width, config.dropout)

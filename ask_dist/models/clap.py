@@ -146,11 +146,11 @@ def _fit(audio: Tensor, extractor: Any) -> Tensor:
     return nn.functional.pad(audio, (0, length - audio.shape[1]))
 
 
-@register_audio_encoder("clap-htsat")
+@register_audio_encoder("clap-htsat", reads=("source",))
 def _htsat(config: Model, sample_rate: int) -> AudioEncoder:
     return ClapAudioEncoder(source_path(config.audio.source, "model.audio"))
 
 
-@register_text_encoder("clap-text")
+@register_text_encoder("clap-text", reads=("source",))
 def _text(config: Model, vocabulary: Vocabulary) -> TextEncoder:
     return ClapTextEncoder(source_path(config.text.source, "model.text"), config.text.max_tokens)

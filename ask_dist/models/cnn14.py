@@ -111,7 +111,7 @@ class Cnn14Encoder(FixedStatistics, AudioEncoder):
         return self.masked(10.0 * self._mel(audio).clamp(min=1e-10).log10()).unsqueeze(1)
 
 
-@register_audio_encoder("cnn14")
+@register_audio_encoder("cnn14", reads=("source",))
 def _cnn14(config: Model, sample_rate: int) -> AudioEncoder:
     path = source_path(config.audio.source, "model.audio")
     encoder = Cnn14Encoder()

@@ -13,6 +13,7 @@ from ask_dist.errors import InputError
 
 Factory = TypeVar("Factory", bound=Callable[..., "Encoder"])
 ENTRY_POINTS = "ask_dist.encoders"
+CHOICES = ("source", "pooling", "options")  # settings beside an encoder's name that one may read and another not
 
 
 class Encoder(nn.Module):
@@ -93,15 +94,26 @@ class Registry(Generic[Factory]):
     def __init__(self, setting: str) -> None:
         self.setting = setting
         self._factories: dict[str, Factory] = {}
+        self._reads: dict[str, tuple[str, ...]] = {}
 
-    def register(self, name: str) -> Callable[[Factory], Factory]:
-        """A decorator that makes a factory available under a name."""
+    def register(self, name: str, reads: tuple[str, ...] = CHOICES) -> Callable[[Factory], Factory]:
+        """A decorator that makes a factory available under a name.
+
+        Args:
+            name: in configurations.
+            reads: which of `CHOICES` the encoder makes something of; a run that sets another is refused.
+        """
 
         def add(factory: Factory) -> Factory:
-            self._factories[name] = factory
+            self._factories[name], self._reads[name] = factory, reads
             return factory
 
         return add
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """What the encoder of a name was registered to read of `CHOICES`; raises as `find` does."""
+        self.find(name)
+        return self._reads[name]
 
     def find(self, name: str) -> Factory:
         """The factory of a name; InputError when nobody registered it."""

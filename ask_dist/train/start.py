@@ -17,8 +17,10 @@ from ask_dist.errors import InputError
 from ask_dist.evaluate.encode import encode, paired_rows
 from ask_dist.evaluate.external import banked_clips, load_corpus
 from ask_dist.models import saved
+from ask_dist.models.audio import audio_settings_read
 from ask_dist.models.dual_encoder import DualEncoder, build_dual_encoder
-from ask_dist.models.text import Vocabulary
+from ask_dist.models.encoder import CHOICES
+from ask_dist.models.text import Vocabulary, text_settings_read
 
 if TYPE_CHECKING:
     from ask_dist.train.state import TrainState
@@ -33,19 +35,6 @@ MAY_DIFFER = {
     "logit_bias_init": True,
     "audio": {"source", "freeze", "unfreeze_at", "lora"},
     "text": {"source", "freeze", "unfreeze_at", "lora", "vocabulary"},
-}
-# What the encoders of this package read of `source`, `pooling` and `options`; another package's may read all.
-READ = {
-    "conv": (),
-    "transformer": (),
-    "yamnet": (),
-    "minilm": (),
-    "cnn14": ("source",),
-    "ast": ("source",),
-    "whisper": ("source",),
-    "clap-htsat": ("source",),
-    "clap-text": ("source",),
-    "automodel": ("source", "pooling"),
 }
 NAMED = 3  # captions that a refusal quotes
 ANCHORS = 8192  # clips encoded before the first step; as many as a generation of the refiner learns from
@@ -209,9 +198,10 @@ def _refuse_settings(config: Config) -> None:
 def _unread(config: Config) -> dict[str, object]:
     """The settings of a run's encoders that are given, and that these don't read."""
     found: dict[str, object] = {}
-    for side, tower in (("audio", config.model.audio), ("text", config.model.text)):
-        for key in ("source", "pooling", "options"):
+    towers = (("audio", config.model.audio, audio_settings_read), ("text", config.model.text, text_settings_read))
+    for side, tower, read in towers:
+        for key in sorted(set(CHOICES) - set(read(tower.name))):
             given = key in type(tower).model_fields and getattr(tower, key) != type(tower).model_fields[key].default
-            if given and key not in READ.get(tower.name, (key,)):
+            if given:
                 found[f"model.{side}.{key}"] = getattr(tower, key)
     return found

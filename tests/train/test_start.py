@@ -20,6 +20,7 @@ from ask_dist.data.shards import Clip, ShardList
 from ask_dist.errors import InputError
 from ask_dist.evaluate.external import CLIPS as CLIPS_FILE
 from ask_dist.evaluate.external import build
+from ask_dist.models.audio import ConvAudioEncoder, register_audio_encoder
 from ask_dist.models.saved import digest, load_model, load_weights, save_model
 from ask_dist.models.text import Vocabulary
 from ask_dist.train.loop import load_shards
@@ -188,8 +189,17 @@ def test_a_scale_above_its_cap_is_refused(run):
     check(run, None, "model.from=null", "model.logit_scale_init=100")
 
 
-def test_an_encoder_of_another_package_may_read_all_settings(run):
-    check(run, None, "model.from=null", "model.audio={name: bands, source: x, options: {bands: 3}}")
+@register_audio_encoder("reads_all")
+@register_audio_encoder("reads_options", reads=("options",))
+def _bands(config: configuration.Model, sample_rate: int) -> ConvAudioEncoder:
+    return ConvAudioEncoder(sample_rate, config.audio.options["bands"], 8, 0.0)
+
+
+def test_an_encoder_of_another_package_reads_what_it_was_registered_to(run):
+    check(run, None, "model.from=null", "model.audio={name: reads_all, source: x, options: {bands: 3}}")
+    check(run, None, "model.from=null", "model.audio={name: reads_options, options: {bands: 3}}")
+    with pytest.raises(InputError, match=r"^model\.audio\.source=x is not read by the encoder reads_options"):
+        check(run, None, "model.from=null", "model.audio={name: reads_options, source: x, options: {bands: 3}}")
 
 
 def test_rows_of_other_weights_are_refused(corpus, run, bank, tmp_path):
