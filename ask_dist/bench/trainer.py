@@ -65,7 +65,6 @@ def bench_config(
         "name": name,
         "output_dir": folder,
         "data.validation": "null",
-        "data.test": "null",
         "optimization.epochs": 1000,
         "optimization.max_steps": steps,
         "optimization.log_every": WINDOW,
