@@ -17,17 +17,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ask_dist import config as configuration
 from ask_dist.bench.bare import bare_loop, peak_gib
 from ask_dist.bench.machine import machine
 from ask_dist.bench.towers import save_ast, save_clap_htsat, save_cnn14, save_whisper
 from ask_dist.bench.trainer import WARM_UP, WINDOW, bench_config, trained
 from ask_dist.config import Config
+from ask_dist.data.pack import EncodedClip, write_shards
+from ask_dist.data.samples import read_clips
 from ask_dist.data.shards import ShardList
 from ask_dist.files import write_atomically
 from ask_dist.train import run
 
 SCENES, RECORDINGS = Path("configs/quickstart.yaml"), Path("configs/recordings.yaml")
 OUTPUT = Path("runs/bench/train.json")
+FEW = 40  # clips, for towers that take a second for each
 LEARNING: dict[str, Any] = {
     **{f"model.{tower}.freeze": "false" for tower in ("audio", "text")},
     "data.cache_embeddings": "false",
@@ -57,10 +61,25 @@ class Comparison:
     weights: Callable[[Path], Path] | None = None
 
     def with_weights(self, folder: Path) -> Comparison:
-        """The same with weights in the folder, if it needs any."""
+        """The same with weights in the folder, if it needs any, and with few clips, as a run's test would take long."""
         if self.weights is None:
             return self
-        return replace(self, shared=self.shared | {"model.audio.source": self.weights(folder)}, weights=None)
+        data = configuration.load(self.config_file).data
+        few = {"data.train": _few(data.train, folder / "train"), "data.test": _few(data.test, folder / "test")}
+        source = self.weights(folder / "weights")
+        return replace(self, shared=self.shared | few | {"model.audio.source": source}, weights=None)
+
+
+def _few(place: Any, folder: Path) -> Path:
+    """A corpus of the first clips of another."""
+    shards = ShardList.load(place)
+    seconds = shards.seconds / shards.clips
+    clips = [
+        EncodedClip(raw.key, raw.sound, raw.extension, raw.members["json"], 16_000, seconds, ())
+        for raw in read_clips(shards, 0, 0, FEW)
+    ]
+    write_shards(clips, folder, "few", clips_per_shard=FEW // 4)
+    return folder
 
 
 def _learning(name: str, sample_rate: int, weights: Callable[[Path], Path]) -> Comparison:
@@ -121,7 +140,7 @@ def compare(comparison: Comparison) -> dict[str, dict[str, Any]]:
         peaks[name].append(measured.peak_gib)
 
     with tempfile.TemporaryDirectory() as folder:
-        comparison = comparison.with_weights(Path(folder) / "weights")
+        comparison = comparison.with_weights(Path(folder))
         for number in range(comparison.rounds):
             place = Path(folder) / str(number)
             loop("bare", _config(comparison, "bare", place), False)
