@@ -67,12 +67,10 @@ class Source:
         with reading():
             if regular_size(path) > self.most_bytes:
                 raise self._too_large()
-            file = io.FileIO(path)
-            if file.read(len(TAG)) == TAG:  # behind one libsndfile finds another end in a file than in its bytes
-                with file:
+            with io.FileIO(path) as file:
+                if file.read(len(TAG)) == TAG:  # behind one libsndfile finds another end in a file than in its bytes
                     return io.BytesIO(TAG + file.readall())
-            file.seek(0)
-            return file
+            return io.FileIO(path)
 
     def _download(self, url: str) -> bytes:
         for tried in range(1, self.tries + 1):
@@ -101,12 +99,12 @@ class Source:
     def _download_once(self, url: str) -> bytes:
         protocol = url.partition("://")[0]
         # Of a web server one request, read as it comes, the size not asked for before.
-        reading: dict[str, Any] = {"block_size": 0, "size": -1} if protocol in ("http", "https") else {}
+        how: dict[str, Any] = {"block_size": 0, "size": -1} if protocol in ("http", "https") else {}
         try:
             filesystem, path = reach(url, self.timeout, self.timeout)
         except ImportError as error:
             raise InputError(f"{protocol}:// needs a package that is missing ({error}): install it") from None
-        with filesystem.open(path, "rb", **reading) as file:
+        with filesystem.open(path, "rb", **how) as file:
             return self._limited(file)
 
     def _limited(self, file: Any) -> bytes:

@@ -8,6 +8,8 @@ import yaml
 from ask_dist.bench.train import COMPARISONS, Comparison, compare
 from ask_dist.config import load
 from ask_dist.data.pack import write_shards
+from ask_dist.data.samples import read_clips
+from ask_dist.data.shards import ShardList
 from tests.end_to_end.conftest import clips, configuration
 
 
@@ -36,3 +38,20 @@ def test_every_setting_that_is_compared_is_one_of_a_run(title: str) -> None:
     for settings in ({}, *comparison.cases.values()):
         overrides = [f"{key}={value}" for key, value in (comparison.shared | settings).items()]
         assert load(comparison.config_file, overrides).name
+
+
+def test_large_towers_run_on_the_first_clips_of_a_corpus(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_shards(clips(split, 60, 0), tmp_path / split, split)
+    tree = configuration(tmp_path, tmp_path / "runs")
+    path = tmp_path / "tones.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    comparison = Comparison(path, {"large": {}}, {"data.lanes": 4}, weights=lambda folder: folder)
+    shared = comparison.with_weights(tmp_path / "few").shared
+    assert shared["model.audio.source"] == tmp_path / "few" / "weights"
+    assert shared["data.lanes"] == 4
+    for split in ("train", "test"):
+        whole, few = ShardList.load(tmp_path / split), ShardList.load(shared[f"data.{split}"])
+        assert [raw.key for shard in range(4) for raw in read_clips(few, shard, 0, 10)] == [
+            raw.key for raw in read_clips(whole, 0, 0, 40)
+        ]

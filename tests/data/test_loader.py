@@ -171,6 +171,17 @@ def test_captions_and_crops_are_drawn_anew_each_epoch(shards: ShardList) -> None
     assert len({audio for *_, audio in seen}) == 6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("processes", [0, 1, 2])
+def test_batches_lie_in_pinned_memory_where_there_is_a_gpu(shards: ShardList, processes: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("memory is pinned for a GPU alone, and torch sees none")
+    for batch, other in zip(take(loader(shards, processes=processes), 6), take(loader(shards), 6), strict=True):
+        assert batch.audio.is_pinned()
+        assert batch.tokens.is_pinned()
+        assert_same(batch, other)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [1, 2])
 def test_decoding_processes_give_the_same_batches(shards: ShardList, processes: int) -> None:
