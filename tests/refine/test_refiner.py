@@ -245,17 +245,13 @@ def test_memory_of_a_generation_follows_the_bank_in_float16():
     assert taken < 4 * rows + 100 * 2**20  # and the work on a part and on the known rows
 
 
-@pytest.mark.parametrize("strategy", ["knn_mean", pytest.param("gnn", marks=pytest.mark.slow)])
-def test_what_more_rows_add_to_it_is_themselves_whoever_searches_for_neighbours(strategy):
-    (small, few), (large, many) = (memory(strategy, rows, 64) for rows in (100_000, 200_000))
-    # Neighbours of all rows at once would add 16 rows of float32 a row: 16 times what both its halves take here.
-    assert large - small < 2.5 * (many - few)
-
-
-@pytest.mark.slow
-def test_a_million_rows_are_corrected_by_the_graph_within_a_few_times_their_own_memory():
-    taken, rows = memory("gnn", 1_000_000, 64)
-    assert taken < 3 * rows + 250 * 2**20
+@pytest.mark.parametrize(
+    ("strategy", "rows"), [("knn_mean", 200_000), pytest.param("gnn", 1_000_000, marks=pytest.mark.slow)]
+)
+def test_memory_of_a_generation_does_not_follow_the_neighbours_whoever_searches_for_them(strategy, rows):
+    taken, size = memory(strategy, rows, 64)
+    # Neighbours of all rows at once would take 16 rows of float32 a row, 16 times what both its halves take in float16.
+    assert taken < 3 * size + 250 * 2**20 < 16 * size
 
 
 def test_an_unknown_strategy_is_an_input_error():
