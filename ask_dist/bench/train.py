@@ -86,7 +86,7 @@ def _learning(name: str, sample_rate: int, weights: Callable[[Path], Path]) -> C
     """An audio encoder of its published size, which learns beside MiniLM on two pairs a worker and step."""
     further = {"model.audio.name": name, "data.sample_rate": sample_rate, "data.lanes": 4}
     batch = {"optimization.micro_batch_size": 2, "optimization.train_batch_size": 4}
-    return Comparison(RECORDINGS, {name: {}}, LEARNING | further | batch, steps=9, window=1, rounds=1, weights=weights)
+    return Comparison(RECORDINGS, {name: {}}, LEARNING | further | batch, steps=9, window=1, rounds=3, weights=weights)
 
 
 COMPARISONS = {
