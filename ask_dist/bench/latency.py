@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import ray
 
 from ask_dist.bank.actor import RemoteBankActor
+from ask_dist.bank.messages import Knowledge
+from ask_dist.bank.service import BankService
 from ask_dist.bench.process import seconds
 from ask_dist.bench.rows import clustered
 
@@ -39,11 +40,7 @@ def search_p99_under_upserts(
     Returns:
         `ratio` of the p99 with upserts to that without, over all turns; both, both medians, and the searches/s of each.
     """
-    with filled_actor(rows, dim, neighbours, index="ivf_flat", maintenance_seconds=maintenance_seconds) as bank:
-        until = time.monotonic() + PATIENCE
-        while ray.get(bank.metrics.remote())["bank/inverted_rows"] < rows:
-            assert time.monotonic() < until, "no inverted files were trained"
-            time.sleep(maintenance_seconds / 10)
+    with running_bank(rows, dim, neighbours, index="ivf_flat", maintenance_seconds=maintenance_seconds) as bank:
         waits: dict[str, list[float]] = {"idle": [], "busy": []}
         for turn in range(turns):
             waits["idle"] += _turn(bank, rows, batch, callers, turn_seconds, seed + turn)
@@ -60,20 +57,39 @@ def search_p99_under_upserts(
 
 
 @contextmanager
-def filled_actor(rows: int, dim: int, neighbours: int, **settings: Any) -> Iterator[Any]:
-    """A bank actor with clustered rows, ids from 0 on, and room for as many more."""
-    bank = RemoteBankActor.options(num_cpus=1).remote(
-        neighbours=neighbours, dim=dim, capacity=2 * rows, dtype="float16", inverted_from=1, **settings
-    )
+def running_bank(
+    rows: int, dim: int, neighbours: int, *, index: str = "flat", shards: int = 1, maintenance_seconds: float = 10.0
+) -> Iterator[BankService]:
+    """A bank with clustered rows, ids from 0 on, and room for as many more; an actor a shard, its index trained."""
+    actor = RemoteBankActor.options(num_cpus=1)
+    settings = {"neighbours": neighbours, "dim": dim, "capacity": 2 * rows, "dtype": "float16"}
+    settings |= {"index": index, "inverted_from": 1, "maintenance_seconds": maintenance_seconds}
+    bank = BankService([[actor.remote(**settings)] for _ in range(shards)])
     try:
         for chunk in clustered(rows, dim):
-            ray.get(bank.upsert.remote(*chunk, None, 0))
+            ray.get(bank.upsert(*chunk, None, 0))
+        until = time.monotonic() + PATIENCE
+        while index != "flat" and _told(bank, "bank/inverted_rows") < rows:
+            assert time.monotonic() < until, "no inverted files were trained"
+            time.sleep(maintenance_seconds / 10)
         yield bank
     finally:
-        ray.kill(bank)
+        for (primary,) in bank.shards:
+            ray.kill(primary)
 
 
-def _turn(bank: Any, rows: int, batch: int, callers: int, turn_seconds: float, seed: int) -> list[float]:
+def answered(bank: BankService, ids: np.ndarray) -> Knowledge:
+    """What a bank knows of these ids (int64 [n]); waits for it."""
+    search = bank.search_ids(ids)
+    return search.join(ray.get(list(search.answers)))
+
+
+def _told(bank: BankService, name: str) -> float:
+    """A metric, summed over the shards."""
+    return sum(said[name] for said in ray.get([primary.metrics.remote() for primary, *_ in bank.shards]))
+
+
+def _turn(bank: BankService, rows: int, batch: int, callers: int, turn_seconds: float, seed: int) -> list[float]:
     """Seconds of every search that the callers made in a turn."""
     waits: list[float] = []
     until = time.monotonic() + turn_seconds
@@ -82,23 +98,23 @@ def _turn(bank: Any, rows: int, batch: int, callers: int, turn_seconds: float, s
         rng = np.random.default_rng([seed, number])
         while time.monotonic() < until:
             ids = rng.choice(rows, batch, replace=False)
-            waits.append(seconds(lambda ids=ids: ray.get(bank.search_ids.remote(ids))))
+            waits.append(seconds(lambda ids=ids: answered(bank, ids)))
 
     together([lambda number=number: call(number) for number in range(callers)])
     return waits
 
 
 @contextmanager
-def _upserting(bank: Any, dim: int, batch: int, a_second: float) -> Iterator[None]:
+def _upserting(bank: BankService, dim: int, batch: int, a_second: float) -> Iterator[None]:
     """Rows of the bank are written anew all the time, as workers do that visit them again."""
     stop = threading.Event()
-    step = ray.get(bank.metrics.remote())["bank/upserts"]  # later than anything stored
+    step = _told(bank, "bank/upserts")  # later than anything stored
 
     def write() -> None:
         sent, start = 0, time.monotonic()
         while not stop.wait(max(0.0, start + sent / a_second - time.monotonic())):
             (ids, audio, text), *_ = clustered(batch, dim, seed=sent + 1)
-            ray.get(bank.upsert.remote(ids + sent * batch, audio, text, None, int(step) + sent))
+            ray.get(bank.upsert(ids + sent * batch, audio, text, None, int(step) + sent))
             sent += 1
 
     writer = threading.Thread(target=write)

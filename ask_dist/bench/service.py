@@ -114,7 +114,10 @@ MEASUREMENTS = (
         {"plan_vs_simulated_workers": None},
         "workers:plan_vs_simulated_workers",
         given=("constants",),
-        small={"rows": 1000, "dim": 32, "step_seconds": 0.3, "steps": 3, "shares": (0.2, 0.5)},
+        small={
+            **{"rows": 1000, "dim": 32, "step_seconds": 0.3, "steps": 3, "shares": (0.2, 0.5), "others_share": 0.1},
+            "maintenance_seconds": 0.2,
+        },
         inside_ray=True,
     ),
     Measurement(
