@@ -108,19 +108,25 @@ def _capacity(load: Load, layout: Layout, constants: Constants) -> float:
 def _saturated(bank: BankService, rows: int, dim: int, batch: int, steps_a_second: float, spent: float) -> float:
     """Worker steps a second, a search and an upsert each, that the bank serves when it never has to wait for one."""
     rng = np.random.default_rng(0)
-    (_, audio, text), *_ = clustered(batch, dim)
+    audio, text = _stored(rows, dim)
     calls: list[Callable[[], Any]] = []
     for _ in range(max(4, int(steps_a_second * spent))):
         ids = rng.choice(rows, batch, replace=False)
         calls.append(lambda ids=ids: bank.search_ids(ids).answers[0])
-        calls.append(lambda ids=ids: bank.upsert(ids, audio, text, None, 1)[0])
+        calls.append(lambda ids=ids: bank.upsert(ids, audio[ids], text[ids], None, 1)[0])
     return len(calls) / 2 / seconds(lambda: pipelined(calls))
+
+
+def _stored(rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the bank was filled with: workers write it anew, so that no list of an inverted file outgrows the others."""
+    _, audio, text = (np.concatenate(parts) for parts in zip(*clustered(rows, dim), strict=True))
+    return audio, text
 
 
 def _simulated(bank: BankService, load: Load, steps: int, *, lockstep: bool) -> dict[str, float]:
     """Workers, and of their answers the late share and the mean and p99 seconds. First steps don't count: others have
     not begun."""
-    (_, audio, text), *_ = clustered(load.batch, load.dim)
+    audio, text = _stored(load.rows, load.dim)
     begin = time.monotonic() + START_SECONDS
     waits: list[float] = []
 
@@ -130,7 +136,7 @@ def _simulated(bank: BankService, load: Load, steps: int, *, lockstep: bool) -> 
         for step in range(1 + steps):
             time.sleep(max(0.0, start - time.monotonic()))
             ids = rng.choice(load.rows, load.batch, replace=False)
-            bank.upsert(ids, audio, text, None, step)
+            bank.upsert(ids, audio[ids], text[ids], None, step)
             wait = seconds(lambda ids=ids: answered(bank, ids))
             start = max(start + load.step_seconds, time.monotonic())
             if step > 0:
