@@ -75,28 +75,28 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of each row (Lin 1991, equation 3.8), in nats, between 0 and ln 2.
 
     Args:
-        log_p, log_q: float [rows, outcomes], log-probabilities.
+        log_p, log_q: float [..., rows, outcomes], log-probabilities.
 
     Returns:
-        float [rows].
+        float [..., rows].
     """
     log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    p_term = (log_p.exp() * (log_p - log_m)).sum(dim=1)
-    q_term = (log_q.exp() * (log_q - log_m)).sum(dim=1)
-    return 0.5 * (p_term + q_term)
+    terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+    return 0.5 * terms.sum(dim=-1)
 
 
-def similarities(audio_features: Tensor, text_features: Tensor, rows: Tensor) -> Tensor:
-    """The inner products of both halves of the pairs with the same rows, in one product.
+def similarities(audio_features: Tensor, text_features: Tensor, sets: Sequence[Tensor]) -> list[Tensor]:
+    """The inner products of both halves of the pairs with the same rows, a product for each set of rows.
 
     Args:
         audio_features, text_features: float [local, dim].
-        rows: float [rows, dim].
+        sets: float [rows, dim] each.
 
     Returns:
-        float [2 local, rows], those of the audio first.
+        float [2 local, rows] each, those of the audio first.
     """
-    return torch.cat([audio_features, text_features]) @ rows.T
+    halves = torch.cat([audio_features, text_features])
+    return [halves @ rows.T for rows in sets]
 
 
 def bank_contrast(
@@ -133,5 +133,8 @@ def consistency(products: Sequence[Tensor], temperature: float) -> Tensor:
     Returns:
         float [local], nats in [0, ln 2].
     """
-    halves = ((one / temperature).log_softmax(dim=1).chunk(2) for one in products)
-    return torch.stack([jensen_shannon(by_audio, by_text) for by_audio, by_text in halves]).mean(dim=0)
+    alike: dict[int, list[Tensor]] = {}
+    for one in products:  # sets of as many rows are compared at once: the tensors are small, each operation counts
+        alike.setdefault(one.shape[1], []).append(one)
+    logs = ((torch.stack(group) / temperature).log_softmax(dim=-1).chunk(2, dim=1) for group in alike.values())
+    return torch.cat([jensen_shannon(by_audio, by_text) for by_audio, by_text in logs]).mean(dim=0)

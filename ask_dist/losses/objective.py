@@ -99,9 +99,7 @@ class AskObjective:
         contrast = self._batch_contrast(audio_features, text_features, logit_scale, logit_bias, batch)
         further = {}
         if use and neighbours is not None:
-            products = [
-                similarities(audio_features, text_features, rows) for rows in (neighbours.text, neighbours.paired.audio)
-            ]
+            products = similarities(audio_features, text_features, [neighbours.text, neighbours.paired.audio])
             contrast = self._with_bank(contrast, audio_features, text_features, logit_scale, neighbours, products)
             further = self._agreement(audio_features, text_features, batch, weights, neighbours, products)
         terms = {"contrast": weighted_mean(contrast, weights, batch), **further}
@@ -166,7 +164,7 @@ class AskObjective:
             fine = consistency(products, settings.temperature)
             terms["consistency"] = settings.consistency_weight * weighted_mean(fine, weights, batch)
         if settings.coarse_weight > 0 and neighbours.prototypes:
-            sets = [similarities(audio, text, rows) for level in neighbours.prototypes for rows in level]
+            sets = similarities(audio, text, [rows for level in neighbours.prototypes for rows in level])
             coarse = consistency(sets, settings.temperature)
             terms["coarse"] = settings.coarse_weight * weighted_mean(coarse, weights, batch)
         return terms

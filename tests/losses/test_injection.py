@@ -95,7 +95,7 @@ def slow_consistency(audio: Tensor, text: Tensor, bank_audio: Tensor, bank_text:
 
 
 def disagreement(audio: Tensor, text: Tensor, bank_audio: Tensor, bank_text: Tensor, temperature: float) -> Tensor:
-    return consistency([similarities(audio, text, rows) for rows in (bank_text, bank_audio)], temperature)
+    return consistency(similarities(audio, text, [bank_text, bank_audio]), temperature)
 
 
 def test_consistency_agrees_with_a_loop():
