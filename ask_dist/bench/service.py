@@ -124,20 +124,20 @@ MEASUREMENTS = (
         {"knowledge_step_100k": Goal(1.1)},
         "steps:knowledge_step_100k",
         given=("config_file",),
-        small={"rows": 2000, "index": "flat", "steps": 80, "plain_steps": 50},
+        small={"rows": 2000, "index": "flat", "steps": 400, "turn": 5},
     ),
     Measurement(
         {"knowledge_step_100k_pretrained": Goal(1.1)},
         "steps:knowledge_step_100k_pretrained",
         given=("config_file",),
-        small={"rows": 2000, "index": "flat", "steps": 80, "plain_steps": 50},
+        small={"rows": 2000, "index": "flat", "steps": 400, "turn": 5},
         config_file=PRETRAINED,
     ),
     Measurement(
         {"refiner_slowdown": Goal(1.1)},
         "steps:refiner_slowdown",
         given=("config_file",),
-        small={"steps": 400},  # the refiner has to import its libraries meanwhile
+        small={"steps": 1600, "turn": 40},  # the refiner has to import its libraries meanwhile
     ),
 )
 NAMES = tuple(name for measurement in MEASUREMENTS for name in measurement.figures)

@@ -15,6 +15,7 @@ from rich.console import Console
 from ask_dist import cluster
 from ask_dist.bank.client import BankClient
 from ask_dist.bank.service import BankService
+from ask_dist.bench import turns
 from ask_dist.bench.rows import clustered
 from ask_dist.bench.train import LEARNING
 from ask_dist.bench.trainer import WARM_UP, WINDOW, bench_config, windows
@@ -22,9 +23,11 @@ from ask_dist.config import Config
 from ask_dist.data.shards import ShardList
 from ask_dist.errors import InputError
 from ask_dist.train import run
+from ask_dist.train.loop import train_loop_per_worker
 
 FIRST_ID = 2**40  # of the rows that are put in beside the run's own: no clip's
 LOOK_SECONDS = 0.2
+TURN = WINDOW + 1  # steps, of which the first does not count
 
 
 def knowledge_step_100k(
@@ -32,94 +35,82 @@ def knowledge_step_100k(
     *,
     rows: int = 100_000,
     index: str = "ivf_flat",
-    steps: int = 900,
-    plain_steps: int = 200,
+    steps: int = 1320,
+    turn: int = TURN,
     workers: int = 1,
-    warm_up: int = WARM_UP,
     further: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Steps with knowledge out of a large bank, in a run that leaves the bank a core, against plain steps.
+    """Steps with knowledge out of a large bank against plain ones, in turns of a run whose bank has its own core.
 
-    The bank has a refiner with a tenth of a core, as configured by default, and is filled with clustered rows once the
-    run has begun. Only windows count in which it holds all of them, with its index trained, and the last step had its
-    knowledge in the loss; of these not the first, which may have begun without. A run of plain steps goes before it and
-    one after it.
+    The bank has a refiner with a tenth of a core, as configured by default, which goes on while steps are plain, and is
+    filled with clustered rows once the run has begun. Only turns count in which it holds all of them, with its index
+    trained. All threads of a worker, those that read and decode too, share the core that is left to it.
 
     Args:
         config_file: the run; its test split is trained on.
         rows, index: that the bank is filled with, and its kind.
-        steps, plain_steps: of the run with knowledge, and of each without.
-        workers: of each run, a core each.
-        warm_up: windows of each run that are left out.
-        further: settings of every run.
+        steps: of the run. turn: of each turn.
+        workers: of the run, a core each.
+        further: settings of the run.
 
     Returns:
-        `ratio` of the median step with knowledge to the plain one, both in seconds, and the share of late answers.
+        As `turns.compared`; `late_share`, of the counted steps with knowledge those whose answer was late; and as
+        `more_...` what each stage of such a step takes beyond a plain one's, in seconds.
 
     Raises:
         InputError: the run was over before the bank was ready.
     """
-    both: dict[str, object] = {"cluster.num_workers": workers, **(further or {})}
-    with_bank = both | {"cluster.bank_cpus": 1, "bank.index": index, "bank.inverted_from": rows}
+    settings = {"cluster.num_workers": workers, "cluster.bank_cpus": 1, "bank.index": index, "bank.inverted_from": rows}
+    settings |= {"optimization.log_every": turn, **(further or {})}
     with tempfile.TemporaryDirectory() as folder:
-        plain = _windows(config_file, folder, "before", plain_steps, False, both)[warm_up:]
-        knowledge = _windows(config_file, folder, "knowledge", steps, True, with_bank, rows)[warm_up:]
-        plain += _windows(config_file, folder, "after", plain_steps, False, both)[warm_up:]
+        found = turns.pairs(_windows(config_file, folder, "knowledge", steps, True, settings, rows, "knowledge"))
     wanted = ("bank/rows",) if index == "flat" else ("bank/rows", "bank/inverted_rows")
-    ready = [row for row in knowledge if all(row.get(name, 0.0) >= rows for name in wanted)]
-    ready = [row for row in ready if row["train/knowledge_used"] == 1.0][1:]
+    # What a turn says of the bank may be as old as the turn before: one more than those that say so is left out.
+    ready = [(off, on) for off, on in found if all(on.get(name, 0.0) >= rows for name in wanted)][1:]
     if not ready:
         raise InputError(f"{steps} steps were over before {rows} rows in a trained {index} were used: take more steps")
-    seconds = {"knowledge": _step_seconds(ready), "plain": _step_seconds(plain)}
-    return {
-        "ratio": seconds["knowledge"] / seconds["plain"],
-        **{f"{name}_seconds": value for name, value in seconds.items()},
-        "late_share": ready[-1]["bank/late_share"],
-        "windows": len(ready),
-        "rows": rows,
-        "workers": workers,
+    late = 1.0 - statistics.mean(on["train/knowledge_used"] for _, on in ready)
+    stages = [name for name in ready[-1][1] if name.startswith("time/")]
+    more = {
+        name.replace("time/", "more_"): statistics.median(on[name] - off.get(name, 0.0) for off, on in ready)
+        for name in stages
     }
+    return turns.compared(ready) | {"late_share": late, "rows": rows, "workers": workers} | more
 
 
 def knowledge_step_100k_pretrained(
-    config_file: Path, *, steps: int = 80, plain_steps: int = 20, **sizes: Any
+    config_file: Path, *, steps: int = 150, turn: int = 5, **sizes: Any
 ) -> dict[str, float]:
     """As `knowledge_step_100k`, with encoders as they are trained in earnest: both towers of this run learn. A step
     takes seconds, so that few will do."""
-    return knowledge_step_100k(config_file, steps=steps, plain_steps=plain_steps, warm_up=1, further=LEARNING, **sizes)
+    return knowledge_step_100k(config_file, steps=steps, turn=turn, further=LEARNING, **sizes)
 
 
-def refiner_slowdown(config_file: Path, *, steps: int = 200, workers: Sequence[int] = (1, 2)) -> dict[str, float]:
-    """Steps beside a refiner against the same steps without one: on a core of its own, and on the workers' cores.
+def refiner_slowdown(
+    config_file: Path, *, steps: int = 800, turn: int = 80, workers: Sequence[int] = (1, 2)
+) -> dict[str, float]:
+    """Steps beside a refiner against those beside a stopped one, in turns: on a core of its own, and on the workers'.
 
-    Windows count from the second epoch on, in which the refiner has re-encoded rows to learn from.
+    Turns count from the second epoch on, in which the refiner has re-encoded rows to learn from. In its turns it takes
+    somewhat more than its share, since its rests go on while it is stopped.
 
     Args:
         config_file: the run; its test split is trained on.
-        steps: of each run.
-        workers: of the runs that leave a core to the refiner, and of those in which `refine.cpu_share` alone bounds it.
+        steps: of each run. turn: of each turn.
+        workers: of the run that leaves a core to the refiner, and of that in which `refine.cpu_share` alone bounds it.
 
     Returns:
-        `ratio` of the median step beside a refiner with a core of its own to that without, `shared_ratio` of that with
-        shared cores, the four medians in seconds, and the generations that were committed.
+        As `turns.compared`, of shared cores as `shared_...` too, and the generations that were committed.
     """
-    seconds: dict[str, float] = {}
-    generations: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for where, count, cores in (("own", workers[0], 1), ("shared", workers[1], 0)):
-            for strategy in ("none", "kernel"):
-                name = f"{where}_{strategy}"
-                further = {"cluster.num_workers": count, "refine.strategy": strategy}
-                further |= {"cluster.refine_cpus": cores} if strategy != "none" else {}
-                rows = _windows(config_file, folder, name, steps, True, further)[WARM_UP:]
-                seconds[name] = _step_seconds([row for row in rows if row["train/epoch"] > 1.0])
-                generations[where] = rows[-1].get("refine/generations", 0.0)
-    return {
-        "ratio": seconds["own_kernel"] / seconds["own_none"],
-        "shared_ratio": seconds["shared_kernel"] / seconds["shared_none"],
-        **{f"{name}_seconds": value for name, value in seconds.items()},
-        **{f"{where}_generations": count for where, count in generations.items()},
-    }
+        for prefix, count, cores in (("", workers[0], 1), ("shared_", workers[1], 0)):
+            settings = {"cluster.num_workers": count, "cluster.refine_cpus": cores, "optimization.log_every": turn}
+            rows = _windows(config_file, folder, f"{prefix}run", steps, True, settings, switched="refiner")
+            found = [(off, on) for off, on in turns.pairs(rows) if off["train/epoch"] > 1.0]
+            figures |= {f"{prefix}{name}": value for name, value in turns.compared(found).items()}
+            figures[f"{prefix}generations"] = rows[-1].get("refine/generations", 0.0)
+    return figures
 
 
 def encoding_share(config_file: Path, *, passes: int) -> float:
@@ -144,21 +135,29 @@ def encoding_share(config_file: Path, *, passes: int) -> float:
 
 
 def _windows(
-    config_file: Path, folder: str, name: str, steps: int, knowledge: bool, further: dict[str, Any], filled: int = 0
+    config_file: Path,
+    folder: str,
+    name: str,
+    steps: int,
+    knowledge: bool,
+    further: dict[str, Any],
+    filled: int = 0,
+    switched: turns.Switched | None = None,
 ) -> list[dict[str, float]]:
-    """All windows of one run on the test split, whose bank is given `filled` rows besides."""
+    """All windows of one run on the test split, whose bank is given `filled` rows besides; or all turns of it."""
     config = bench_config(config_file, Path(folder), name, steps, knowledge, further).anchored()
     tree = config.model_dump()
     tree["data"] |= {"train": config.data.test, "test": None}
     config = Config.model_validate(tree)
     shards, quiet = run.check_data(config), Console(quiet=True)
+    train_loop = turns.in_turns(switched) if switched else train_loop_per_worker
     run.prepare_folder(config, shards["train"], quiet, resume=False, overwrite=False)
     with cluster.session(dashboard=False):
         cluster.check_resources(config)
         actors = cluster.start_actors(config, run.steps_per_epoch(config, shards["train"]))
         try:
             with _filling(config, BankService(actors.bank), filled) if filled else nullcontext():
-                run.fit(config, actors, shards["train"], quiet)
+                run.fit(config, actors, shards["train"], quiet, train_loop=train_loop)
         finally:
             cluster.stop_actors(actors)
     batch = config.global_batch_size

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,7 @@ def fit(
     console: Console,
     found: Path | None = None,
     callbacks: Sequence[UserCallback] = (),
+    train_loop: Callable[[dict[str, Any]], None] = loop.train_loop_per_worker,
 ) -> None:
     """Trains with Ray Train V2.
 
@@ -158,6 +159,7 @@ def fit(
         console: where progress is shown.
         found: the checkpoint to go on from.
         callbacks: of Ray Train, such as Tune's that forwards reports.
+        train_loop: what each worker runs.
 
     Raises:
         InputError: a worker met one, the disk refused to take Ray Train's own files, or too many steps in a row were
@@ -174,7 +176,7 @@ def fit(
     )
     job = {"config": config.model_dump(mode="json"), "actors": actors, "use_gpu": gpu}
     trainer = TorchTrainer(
-        loop.train_loop_per_worker,
+        train_loop,
         train_loop_config=job | {"checkpoint": None if found is None else str(found)},
         scaling_config=scaling,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

@@ -152,23 +152,24 @@ refine: {{minimum_fresh: 8, interval: 0.1}}
 @pytest.mark.ray
 def test_a_step_with_a_large_bank_is_set_beside_plain_ones(tones):
     figure = measured("knowledge_step_100k", config_file=tones)
-    assert figure["ratio"] == pytest.approx(figure["knowledge_seconds"] / figure["plain_seconds"])
-    assert figure["windows"] > 0
+    assert 0 < figure["first_quartile"] <= figure["ratio"] <= figure["third_quartile"]
+    assert figure["pairs"] > 0
     assert 0 <= figure["late_share"] <= 1
+    assert figure["more_knowledge"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_same_is_measured_with_pretrained_towers_that_learn(tones):
     figure = measured("knowledge_step_100k_pretrained", config_file=tones)
-    assert figure["ratio"] == pytest.approx(figure["knowledge_seconds"] / figure["plain_seconds"])
-    assert figure["windows"] > 0
+    assert figure["ratio"] > 0
+    assert figure["pairs"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_refiner_is_set_beside_none(tones):
     figure = measured("refiner_slowdown", config_file=tones)
-    for where, ratio in (("own", "ratio"), ("shared", "shared_ratio")):
-        assert figure[ratio] == pytest.approx(figure[f"{where}_kernel_seconds"] / figure[f"{where}_none_seconds"])
-        assert figure[f"{where}_generations"] > 0
+    for prefix in ("", "shared_"):
+        assert figure[f"{prefix}ratio"] > 0
+        assert figure[f"{prefix}generations"] > 0
